@@ -1,0 +1,1 @@
+"""Offline: raw logs → interactions → sequences → dataset folder → shards."""

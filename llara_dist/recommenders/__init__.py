@@ -1,0 +1,1 @@
+"""Sequential recommenders whose frozen item embeddings become behaviour tokens."""

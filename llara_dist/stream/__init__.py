@@ -1,0 +1,1 @@
+"""Online: which samples make which step, read and packed into batches."""

@@ -1,0 +1,21 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real inputs and expected outputs; it lies beside the checkout or at $LLARA_DIST_SHARED."""
+    path = Path(os.environ.get("LLARA_DIST_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"no real inputs at {path}; set LLARA_DIST_SHARED to run this test")
+    return path
