@@ -9,13 +9,12 @@ between two anchors that prove its edges; a row is then a gather.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -321,12 +320,14 @@ class PromptEncoder:
         templates: Sequence[Template],
         max_title_tokens: int | None = DEFAULT_MAX_TITLE_TOKENS,
     ) -> None:
-        if tokenizer.eos_token_id is None:
+        bos: Any = tokenizer.bos_token_id
+        eos: Any = tokenizer.eos_token_id
+        if eos is None:
             raise InputError("the tokenizer names no EOS token; a learnt answer needs one")
         self.tokenizer = tokenizer
         self.templates = list(templates)
-        self.bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-        self.eos = int(tokenizer.eos_token_id)
+        self.bos = [] if bos is None else [int(bos)]
+        self.eos = int(eos)
         self._encoder = plain_encoder(tokenizer)
         self._left = self._ids(_LEFT)
         self._right = self._ids(_LEFT + _RIGHT)[len(self._left) :]
@@ -474,9 +475,3 @@ class PromptEncoder:
             f"tokenizer: its tokens reach over a space in {text[len(_LEFT) :]!r}, so prompts cannot be cut at spaces; "
             "use a SentencePiece-BPE or byte-level BPE tokenizer"
         )
-
-
-@functools.cache
-def cached_templates(domain: str) -> tuple[Template, ...]:
-    """`load_templates`, read once a process."""
-    return tuple(load_templates(domain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -77,7 +78,8 @@ def pack(sample: Sample) -> bytes:
     }
     for name, dtype in ARRAYS.items():
         record[name] = np.ascontiguousarray(getattr(sample, name), dtype=dtype).tobytes()
-    return msgpack.packb(record)
+    packed: Any = msgpack.packb(record)
+    return packed
 
 
 def unpack(data: bytes) -> Sample:
@@ -92,4 +94,12 @@ def unpack(data: bytes) -> Sample:
         numbers = {name: int(record[name]) for name in NUMBERS}
     except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
         raise InputError(f"not a sample of this format ({type(error).__name__}: {error})") from None
-    return Sample(pass_index=numbers.pop("pass"), **numbers, **arrays)
+    return Sample(
+        key=numbers["key"],
+        pass_index=numbers["pass"],
+        num_history=numbers["num_history"],
+        target_index=numbers["target_index"],
+        answer_start=numbers["answer_start"],
+        answer_end=numbers["answer_end"],
+        **arrays,
+    )

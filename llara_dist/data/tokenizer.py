@@ -68,7 +68,7 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+    encoder = Tokenizer.from_str(getattr(tokenizer, "backend_tokenizer").to_str())  # noqa: B009 (untyped in the base class)
     encoder.no_padding()
     encoder.no_truncation()
     encoder.encode_special_tokens = True

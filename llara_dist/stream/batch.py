@@ -1,0 +1,158 @@
+"""Samples → one packed row of tensors, with everything a step needs, so that the step waits for no host work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llara_dist.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: N samples end to end in one row of T positions.
+
+    A hybrid sample keeps its slots (one position each, whose embedding the model overwrites); a text-only sample is
+    the same row with the slot positions taken out.
+    """
+
+    tokens: torch.Tensor
+    """int64 [T]"""
+    position_ids: torch.Tensor
+    """int64 [T], from 0 in every sample"""
+    cu_seqlens: torch.Tensor
+    """int32 [N+1]: where samples begin, and T"""
+    max_seqlen: int
+    """longest sample, positions"""
+    slot_positions: torch.Tensor
+    """int64 [S]: positions to overwrite with behaviour embeddings"""
+    unique_items: torch.Tensor
+    """int64 [U], never empty (item 0 where there is no slot): the projector takes part in every micro-batch"""
+    slot_inverse: torch.Tensor
+    """int64 [S]: slot s holds item unique_items[slot_inverse[s]]"""
+    label_positions: torch.Tensor
+    """int64 [L]: positions whose hidden state predicts"""
+    labels: torch.Tensor
+    """int64 [L]: the answer's tokens, EOS included"""
+    sample_of_label: torch.Tensor
+    """int64 [L]: which sample of the row a label belongs to"""
+    keys: torch.Tensor
+    """int64 [N]: the samples' keys"""
+    hybrid: torch.Tensor
+    """bool [N]"""
+    is_empty: bool = False
+    """a stand-in without labels that keeps the ranks' passes equal; it must have zero weight in the loss"""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the positions computed."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def num_samples(self) -> int:
+        """N, or 0 for the empty stand-in."""
+        return 0 if self.is_empty else int(self.keys.shape[0])
+
+    @property
+    def answer_tokens(self) -> int:
+        """L, the labels."""
+        return int(self.labels.shape[0])
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Batch:
+        tensors: Any = {k: function(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By value between processes: torch would spend a file descriptor on each of these small tensors.
+        return _rebuild, ({k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()},)
+
+
+def _rebuild(values: dict[str, Any]) -> Batch:
+    return Batch(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()})
+
+
+def collate(samples: Sequence[Sample], hybrid: np.ndarray | Sequence[bool], answers: bool = True) -> Batch:
+    """Pack samples into one row, in the given order.
+
+    Args:
+        samples: at least one.
+        hybrid: bool [N]: keep the slots, or take them out.
+        answers: False cuts every sample where its answer begins (evaluation); there are no labels then.
+    """
+    if not samples:
+        return empty_batch()
+    flags = np.asarray(hybrid, dtype=bool)
+    if len(flags) != len(samples):
+        raise ValueError(f"{len(samples)} samples, {len(flags)} hybrid flags")
+    rows, slots, items, label_positions, labels = [], [], [], [], []
+    offset = 0
+    for sample, keep_slots in zip(samples, flags, strict=True):
+        end = sample.answer_end if answers else sample.answer_start
+        row = sample.tokens[:end].astype(np.int64)
+        first_label = offset + sample.answer_start - 1
+        if keep_slots:
+            slots.append(sample.slot_positions.astype(np.int64) + offset)
+            items.append(sample.slot_items)
+        else:
+            row = np.delete(row, sample.slot_positions)
+            first_label -= len(sample.slot_positions)
+        if answers:
+            labels.append(sample.tokens[sample.answer_start : sample.answer_end].astype(np.int64))
+            label_positions.append(np.arange(first_label, first_label + len(labels[-1])))
+        rows.append(row)
+        offset += len(row)
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    unique, inverse = np.unique(_join(items), return_inverse=True)
+    return Batch(
+        tokens=torch.from_numpy(np.concatenate(rows)),
+        position_ids=torch.from_numpy(np.arange(offset) - np.repeat(starts, lengths)),
+        cu_seqlens=torch.from_numpy(np.append(starts, offset).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        slot_positions=torch.from_numpy(_join(slots)),
+        unique_items=torch.from_numpy(unique if len(unique) else np.zeros(1, dtype=np.int64)),
+        slot_inverse=torch.from_numpy(inverse.astype(np.int64)),
+        label_positions=torch.from_numpy(_join(label_positions)),
+        labels=torch.from_numpy(_join(labels)),
+        sample_of_label=torch.from_numpy(np.repeat(np.arange(len(labels)), [len(label) for label in labels])),
+        keys=torch.from_numpy(np.array([sample.key for sample in samples], dtype=np.int64)),
+        hybrid=torch.from_numpy(flags.copy()),
+    )
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """Concatenate to int64 [n]; nothing gives an empty array."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)
+
+
+def empty_batch() -> Batch:
+    """A micro-batch without samples: two positions, no labels, item 0 for the projector; its loss must weigh zero."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        tokens=torch.zeros(2, dtype=torch.int64),
+        position_ids=torch.arange(2),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        max_seqlen=2,
+        slot_positions=none,
+        unique_items=torch.zeros(1, dtype=torch.int64),
+        slot_inverse=none,
+        label_positions=none,
+        labels=none,
+        sample_of_label=none,
+        keys=torch.zeros(1, dtype=torch.int64),
+        hybrid=torch.zeros(1, dtype=torch.bool),
+        is_empty=True,
+    )
