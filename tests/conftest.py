@@ -19,3 +19,13 @@ def shared() -> Path:
     if not (path / "data").is_dir():
         pytest.skip(f"no real inputs at {path}; set LLARA_DIST_SHARED to run this test")
     return path
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama (vocabulary 400, hidden 64)."""
+    from tests.tiny import write_llama
+
+    folder = tmp_path_factory.mktemp("llama")
+    write_llama(folder)
+    return folder

@@ -1,0 +1,304 @@
+"""The configuration of a run: frozen dataclasses ← YAML ← dotted overrides, checked where they are made.
+
+Defaults are the paper's for Llama-2-7B on MovieLens (LLaRA, arXiv 2312.02445 v4, section 4.1) where it states one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llara_dist.errors import InputError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen language model and how it is held.
+
+    Attributes:
+        path: folder or hub id of a Llama-architecture model with its tokenizer.
+        revision: hub revision (branch, tag or commit); ignored for a folder.
+        bits: 4 = NF4 with double quantisation (bitsandbytes), 16 = bfloat16, 32 = float32.
+        compute_dtype: what matrix products run in; auto = bfloat16 where the device has it, else float32.
+        quant_storage: dtype that holds the packed 4-bit weights; uint8 or the dtype DeepSpeed trains in (float32).
+        attention: packed = variable-length attention over the packed row; sdpa, eager = transformers' own.
+        activation_checkpointing: recompute each layer in the backward pass: less memory, about a third more time.
+        trust_remote_code: let transformers run code that comes with the model; off unless you say so.
+    """
+
+    path: str = ""
+    revision: str | None = None
+    bits: Literal[4, 16, 32] = 4
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
+    attention: Literal["packed", "sdpa", "eager"] = "packed"
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.bits != 4 or self.quant_storage in ("uint8", "float32"),
+            f"model.quant_storage={self.quant_storage}: packed 4-bit weights must be stored in uint8 or in the dtype that "
+            "DeepSpeed trains in (float32 here); another float dtype is cast by value and silently corrupts them; "
+            "set model.quant_storage=uint8",
+        )
+        _require(
+            not (self.bits == 16 and self.compute_dtype == "float32"),
+            "model.bits=16 holds bfloat16 weights, model.compute_dtype=float32 does not match; use model.bits=32",
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) on the language model's linear layers, in float32.
+
+    Attributes:
+        rank: r.
+        alpha: α; the update is scaled by α/r.
+        dropout: probability on the adapter's input.
+        targets: names of the linear layers that get an adapter.
+    """
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank={self.rank}: must be at least 1")
+        _require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout}: must be in [0, 1)")
+        _require(len(self.targets) > 0, "lora.targets is empty: name at least one linear layer")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The map from item table to the language model's input space: Linear, GELU, Linear, with biases, in float32.
+
+    Attributes:
+        hidden_dim: width between the two layers; 0 = the language model's hidden size, as in the paper.
+        init: embedding_scale = the last layer is scaled once so that behaviour embeddings start with the root mean
+            square of the model's token embeddings; default = torch's own initialisation.
+    """
+
+    hidden_dim: int = 0
+    init: Literal["embedding_scale", "default"] = "embedding_scale"
+
+    def __post_init__(self) -> None:
+        _require(self.hidden_dim >= 0, f"projector.hidden_dim={self.hidden_dim}: must not be negative")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from and how they are read.
+
+    Attributes:
+        shards: folder made by `llara-dist shards build`.
+        epochs: passes over the training samples.
+        max_steps: stop the plan (and the schedules' horizon T) after so many optimizer steps; 0 = all epochs.
+        global_batch_samples: samples an optimizer step, over all ranks.
+        max_tokens_per_microbatch: token budget of one packed row, one forward and backward pass of one rank.
+        workers: reader processes a rank; 0 = read in the training process.
+    """
+
+    shards: Path = Path()
+    epochs: int = 5
+    max_steps: int = 0
+    global_batch_samples: int = 128
+    max_tokens_per_microbatch: int = 8192
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"data.epochs={self.epochs}: must be at least 1")
+        _require(self.max_steps >= 0, f"data.max_steps={self.max_steps}: must not be negative")
+        _require(self.global_batch_samples >= 1, f"data.global_batch_samples={self.global_batch_samples}: at least 1")
+        _require(self.max_tokens_per_microbatch >= 8, "data.max_tokens_per_microbatch: must be at least 8 tokens")
+        _require(self.workers >= 0, f"data.workers={self.workers}: must not be negative")
+
+
+@dataclass(frozen=True)
+class RecommenderConfig:
+    """The frozen sequential recommender whose item embeddings become behaviour tokens.
+
+    Attributes:
+        path: folder made by `llara-dist recommender train` (item_table.safetensors + recommender.json).
+    """
+
+    path: Path = Path()
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """How likely a sample is hybrid at step τ of T (paper, section 3.4).
+
+    Attributes:
+        schedule: linear = τ/T; two_stage = 0 before `switch` · T, then 1; constant = `probability` throughout;
+            cosine = (1 − cos(πτ/T))/2; sqrt = √(τ/T).
+        probability: of the constant schedule: 0 = text-only tuning, 1 = direct hybrid tuning.
+        switch: of the two_stage schedule, as a share of T (the paper: 2 of 5 epochs).
+    """
+
+    schedule: Literal["linear", "two_stage", "constant", "cosine", "sqrt"] = "linear"
+    probability: float = 1.0
+    switch: float = 0.4
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.probability <= 1.0, f"curriculum.probability={self.probability}: must be in [0, 1]")
+        _require(0.0 <= self.switch <= 1.0, f"curriculum.switch={self.switch}: must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW over two parameter groups, LoRA and projector, with warm-up and cosine counted in optimizer steps.
+
+    Attributes:
+        lora_lr: peak learning rate of the adapters.
+        projector_lr: peak learning rate of the projector.
+        lora_weight_decay: decoupled weight decay of the adapters.
+        projector_weight_decay: decoupled weight decay of the projector (paper: 1e-5).
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        warmup_fraction: share of all steps over which the rate rises linearly from `floor` × peak.
+        floor: the lowest rate, as a share of the peak, at the start and at the end (paper: 1/100).
+        max_grad_norm: global norm to which gradients are clipped; 0 = off.
+    """
+
+    lora_lr: float = 8e-4
+    projector_lr: float = 8e-4
+    lora_weight_decay: float = 0.0
+    projector_weight_decay: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    warmup_fraction: float = 0.05
+    floor: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lora_lr", "projector_lr"):
+            _require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: must be positive")
+        _require(0.0 <= self.warmup_fraction < 1.0, f"optimizer.warmup_fraction={self.warmup_fraction}: in [0, 1)")
+        _require(0.0 <= self.floor <= 1.0, f"optimizer.floor={self.floor}: must be in [0, 1]")
+        _require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved.
+
+    Attributes:
+        every_steps: optimizer steps between checkpoints; 0 = only at the end.
+        keep_last: how many of the newest checkpoints stay.
+    """
+
+    every_steps: int = 500
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        model: the frozen language model.
+        lora: the adapters.
+        projector: item table → input space.
+        recommender: where behaviour embeddings come from.
+        data: samples, batch and token budget.
+        curriculum: text-only → hybrid.
+        optimizer: rates and decay.
+        checkpoint: when to save.
+        deepspeed: a ds_config file: ZeRO stage, communication, precision; never batch size, optimizer or schedule.
+        out: the run's folder.
+        seed: of sample order, draws, dropout and initialisation.
+        resume: no = start anew; auto = go on from the newest complete checkpoint under `out`, if any.
+        device: auto = CUDA where there is one, else the CPU.
+        log_every_steps: optimizer steps between lines in metrics.jsonl and TensorBoard.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    recommender: RecommenderConfig = field(default_factory=RecommenderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: Path = Path("ds_configs/zero0.json")
+    out: Path = Path("runs/llara")
+    seed: int = 0
+    resume: Literal["no", "auto"] = "no"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.log_every_steps >= 1, f"log_every_steps={self.log_every_steps}: must be at least 1")
+
+    def require_inputs(self) -> None:
+        """Check that the three inputs are named.
+
+        Raises:
+            InputError: model.path, data.shards or recommender.path is not set.
+        """
+        for name, value in (
+            ("model.path", self.model.path),
+            ("data.shards", self.data.shards),
+            ("recommender.path", self.recommender.path),
+        ):
+            _require(
+                str(value) not in ("", "."),
+                f"{name} is not set: give it in the --config file or as --{name}",
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, nested as in the YAML; paths become strings, tuples lists."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(config)
+
+
+def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Rebuild a RunConfig from what `to_dict` made (a checkpoint's or a run's config).
+
+    Raises:
+        InputError: a field is unknown, or a value is out of range.
+    """
+
+    def build(kind: type, given: dict[str, Any], where: str) -> Any:
+        fields = {item.name: item for item in dataclasses.fields(kind)}
+        unknown = sorted(set(given) - set(fields))
+        _require(not unknown, f"unknown configuration field {where}{unknown[0] if unknown else ''}")
+        arguments: dict[str, Any] = {}
+        for name, value in given.items():
+            default = getattr(kind(), name)
+            if dataclasses.is_dataclass(default):
+                arguments[name] = build(type(default), value, f"{where}{name}.")
+            elif isinstance(default, Path):
+                arguments[name] = Path(value)
+            elif isinstance(default, tuple):
+                arguments[name] = tuple(value)
+            else:
+                arguments[name] = value
+        return kind(**arguments)
+
+    return build(RunConfig, values, "")

@@ -1,0 +1,165 @@
+"""Rank, world and process group: the only reader of RANK, WORLD_SIZE, LOCAL_RANK and SLURM_*."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from llara_dist.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands.
+
+    Attributes:
+        rank: of all processes, 0-based.
+        local_rank: on this node, 0-based; also the index of the device.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and artifacts."""
+        return self.rank == 0
+
+
+def read_world(environment: Mapping[str, str] | None = None) -> World:
+    """Read the launcher's variables: RANK/WORLD_SIZE/LOCAL_RANK first, then SLURM's, else a world of one.
+
+    `deepspeed --launcher SLURM` and plain `srun` set no RANK, only SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS.
+    A shell inside `salloc` or `sbatch` without `srun` has SLURM_NTASKS but no SLURM_STEP_ID: a world of one.
+
+    Raises:
+        InputError: the variables are incomplete or contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env or "WORLD_SIZE" in env:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    else:
+        return World()
+    missing = [name for name in names if name not in env]
+    if missing:
+        raise InputError(f"environment: {missing[0]} is not set but {names[0]} is; start through deepspeed or torchrun")
+    try:
+        rank, local_rank, size = (int(env[name]) for name in names)
+    except ValueError:
+        raise InputError(f"environment: {', '.join(f'{n}={env[n]}' for n in names)}: not all integers") from None
+    if not 0 <= rank < size:
+        raise InputError(f"environment: {names[0]}={rank} is outside the world of {names[2]}={size}")
+    return World(rank=rank, local_rank=local_rank, size=size)
+
+
+def pick_device(wanted: str, world: World) -> torch.device:
+    """The device of this rank: CUDA device `local_rank` where there is one (or asked for), else the CPU.
+
+    Raises:
+        InputError: CUDA is asked for and there is none, or fewer devices than local ranks.
+    """
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("device=cuda: torch sees no CUDA device; use --device auto or cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {world.local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def initialise(world: World, device: torch.device, timeout_s: float = 1800.0, init_method: str | None = None) -> None:
+    """Join the process group: NCCL on CUDA, gloo on the CPU; DeepSpeed's communication layer sits on the same group.
+
+    A world of one needs no rendezvous. `LLARA_DIST_INIT_METHOD` (e.g. file:///shared/rendezvous) replaces
+    MASTER_ADDR/MASTER_PORT; a file needs no free port.
+    """
+    import torch
+    import torch.distributed
+
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        arguments: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+        method = init_method or os.environ.get("LLARA_DIST_INIT_METHOD")
+        if world.size == 1:
+            arguments["store"] = torch.distributed.HashStore()
+        elif method:
+            arguments["init_method"] = method
+        elif "MASTER_ADDR" not in os.environ:
+            raise InputError(
+                f"world of {world.size} ranks but MASTER_ADDR is not set: start through deepspeed, torchrun or srun"
+            )
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **arguments)
+    _join_deepspeed(device, timeout_s)
+
+
+def _join_deepspeed(device: torch.device, timeout_s: float) -> None:
+    import logging
+
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Else the first run compiles a shared-memory all-reduce for about 100 s of CPU, and a killed compile
+        # leaves a lock behind on which every later run waits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def shut_down() -> None:
+    """Leave the process group, if one was joined."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def all_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sum float64 values over all ranks; one collective, the same result on each."""
+    import torch
+    import torch.distributed
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()

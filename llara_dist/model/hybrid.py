@@ -1,0 +1,128 @@
+"""HybridLlama: behaviour embeddings written in place into a Llama's input, loss on the answers only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
+from llara_dist.errors import InputError
+from llara_dist.model.attention import NAME as PACKED
+from llara_dist.model.attention import Packing
+from llara_dist.model.llama import attach_lora, compute_dtype, load_llama
+from llara_dist.model.ops.projector import output_rms
+from llara_dist.model.projector import Projector
+from llara_dist.stream.batch import Batch
+
+
+class HybridLlama(nn.Module):
+    """A frozen Llama with LoRA that reads titles and behaviour embeddings (LLaRA, section 3.2).
+
+    No vocabulary row is added: the slot positions of a row hold any token id, and the projected item embedding
+    replaces that id's embedding before the first layer.
+
+    Args:
+        llm: a LlamaForCausalLM or a PeftModel around one.
+        projector: [U, d] → [U, h].
+        item_table: [num_items, d] float32, frozen; kept as a buffer that is saved nowhere.
+        dtype: what matrix products run in; parameters that train stay float32 whatever it is.
+    """
+
+    item_table: Tensor
+
+    def __init__(self, llm: nn.Module, projector: Projector, item_table: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.llm = llm
+        self.projector = projector
+        self.dtype = dtype
+        self.register_buffer("item_table", item_table.to(torch.float32), persistent=False)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings of a packed row, behaviour embeddings written at the slot positions.
+
+        The projector takes part whether or not the row has a slot: a parameter without a gradient on one rank hangs
+        or corrupts ZeRO's reductions, and under ZeRO-3 silently repeats the previous step's gradient.
+
+        Returns:
+            [1, T, h] in the language model's embedding dtype.
+        """
+        # Detached: the embedding is frozen, and PEFT makes its output a leaf that requires a gradient when activations
+        # are checkpointed, which could not be written in place.
+        embeddings = self.llm.get_input_embeddings()(batch.tokens[None]).detach()  # pyright: ignore[reportCallIssue]
+        behaviour = self.projector(self.item_table[batch.unique_items]).to(embeddings.dtype)
+        if batch.slot_positions.shape[0] == 0:
+            return embeddings + 0.0 * behaviour.sum()
+        embeddings[0].index_copy_(0, batch.slot_positions, behaviour[batch.slot_inverse])
+        return embeddings
+
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Float32 logits [L, vocabulary] at the positions that predict answer tokens; the head runs nowhere else."""
+        arguments: dict[str, Any] = {}
+        if self._attention() == PACKED:
+            arguments["packing"] = Packing.of(batch.cu_seqlens, batch.max_seqlen, batch.tokens.shape[0])
+            # A four-dimensional mask is taken as it is: transformers then builds no T × T mask from position_ids.
+            arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device=batch.tokens.device)
+        with torch.autocast(batch.tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.llm(
+                inputs_embeds=self.embed(batch),
+                position_ids=batch.position_ids[None],
+                logits_to_keep=batch.label_positions,
+                use_cache=False,
+                **arguments,
+            )
+        return output.logits[0].to(torch.float32)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy over the row's answer tokens (EOS included), a float32 scalar; 0 for an empty row."""
+        return F.cross_entropy(self.answer_logits(batch), batch.labels, reduction="sum")
+
+    def _attention(self) -> str:
+        return self.llm.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapters' trainable parameters by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("projector.")}
+
+    def projector_parameters(self) -> dict[str, nn.Parameter]:
+        """The projector's parameters by name."""
+        return {n: p for n, p in self.named_parameters() if n.startswith("projector.")}
+
+
+def build_hybrid_llama(
+    model: ModelConfig,
+    lora: LoraConfig,
+    projector: ProjectorConfig,
+    item_table: Tensor,
+    device: torch.device,
+    seed: int,
+    place: bool = True,
+) -> HybridLlama:
+    """Load the base, attach LoRA, make the projector; every rank makes the same from the same seed.
+
+    Args:
+        model: the frozen language model.
+        lora: the adapters.
+        projector: width and initialisation.
+        item_table: [num_items, d] float32.
+        device: where it computes.
+        seed: of the adapters' and the projector's initialisation.
+        place: move everything to `device` now; false under ZeRO-3.
+
+    Raises:
+        InputError: a part does not load, or the item table is not finite.
+    """
+    if not bool(torch.isfinite(item_table).all()):
+        raise InputError("the item table holds values that are not finite; train the recommender again")
+    llm = load_llama(model, device, place)
+    embedding = llm.get_input_embeddings().weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = attach_lora(llm, lora, model.path)
+        made = Projector(item_table.shape[1], llm.config.hidden_size, projector.hidden_dim)
+    if projector.init == "embedding_scale":
+        made.match_scale(item_table.to(torch.float32), float(output_rms(embedding)))
+    hybrid = HybridLlama(adapted, made, item_table, compute_dtype(model, device))
+    return hybrid.to(device) if place else hybrid

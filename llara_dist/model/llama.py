@@ -1,0 +1,170 @@
+"""Load a (4-bit) Llama and attach LoRA: the only room that knows bitsandbytes and PEFT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llara_dist.config import LoraConfig, ModelConfig
+from llara_dist.errors import InputError
+from llara_dist.model import attention
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """What matrix products run in: as told, or bfloat16 where the device has it in hardware, else float32.
+
+    Raises:
+        InputError: bfloat16 is asked for on a GPU without it.
+    """
+    if config.bits == 32 and config.compute_dtype == "auto":
+        return torch.float32
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if has_bf16 or config.bits == 16 else torch.float32
+    if config.compute_dtype == "bfloat16" and device.type == "cuda" and not has_bf16:
+        raise InputError("model.compute_dtype=bfloat16: this GPU has no bfloat16; use float32")
+    return getattr(torch, config.compute_dtype)
+
+
+def read_llama_config(config: ModelConfig) -> LlamaConfig:
+    """Read the architecture without any weight.
+
+    Raises:
+        InputError: not found, unreadable, or no Llama architecture.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(config.path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json; model.path must be a transformers model folder or a hub id")
+    try:
+        loaded = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"model.path={config.path}: not a readable model folder or hub id ({first_line})") from None
+    if loaded.model_type != "llama":
+        raise InputError(f"model.path={config.path}: architecture {loaded.model_type!r}; only Llama is supported")
+    return loaded
+
+
+def load_llama(config: ModelConfig, device: torch.device, place: bool = True) -> LlamaForCausalLM:
+    """Load the frozen language model.
+
+    Args:
+        config: which, and how it is held.
+        device: where it computes.
+        place: put the weights on `device` now; false under ZeRO-3, where DeepSpeed places the partitions.
+
+    Returns:
+        The model in evaluation mode, no parameter trainable, attention as in the config.
+
+    Raises:
+        InputError: see `read_llama_config`; or the weights do not load.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    read_llama_config(config)
+    attention.register()
+    dtype = compute_dtype(config, device)
+    quantization = None
+    if config.bits == 4:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype={4: dtype, 16: torch.bfloat16, 32: torch.float32}[config.bits],
+            quantization_config=quantization,
+            attn_implementation=config.attention,
+            device_map={"": device} if place and device.type == "cuda" else None,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"model.path={config.path}: weights do not load ({first_line})") from None
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return model.eval()
+
+
+def attach_lora(model: LlamaForCausalLM, config: LoraConfig, base: str) -> PeftModel:
+    """Wrap the model's linear layers with float32 adapters; initialised from torch's global generator.
+
+    Args:
+        model: the frozen language model.
+        config: rank, scale, dropout and which layers.
+        base: what adapter_config.json names as the base model.
+
+    Raises:
+        InputError: a target matches no layer of the model.
+    """
+    import peft
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    unknown = [target for target in config.targets if target not in names]
+    if unknown:
+        raise InputError(f"lora.targets: no layer of the model is named {unknown[0]!r}")
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    adapted = peft.get_peft_model(model, settings)
+    assert isinstance(adapted, peft.PeftModel)
+    return adapted
+
+
+def base_fingerprint(config: ModelConfig) -> str:
+    """What tells one base model from another without reading gigabytes.
+
+    The sha256 over config.json and, for each weight file, its name, size, and first and last MiB: the first holds the
+    safetensors header with every tensor's name, shape and offset.
+
+    Raises:
+        InputError: no safetensors weights where `path` points.
+    """
+    import hashlib
+
+    from transformers.utils.hub import cached_file
+
+    folder = Path(config.path)
+    if not folder.is_dir():
+        resolved = cached_file(config.path, "config.json", revision=config.revision)
+        assert resolved is not None
+        folder = Path(resolved).parent
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{folder}: no *.safetensors; weights in other formats are not loaded")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weights:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            digest.update(f"{path.name}:{size}:".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
