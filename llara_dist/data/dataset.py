@@ -114,13 +114,8 @@ class Dataset:
         return getattr(self, split)
 
     @cached_property
-    def _touched(self) -> tuple[np.ndarray, np.ndarray]:
-        """CSR by user: (offsets int64 [users + 1], items int32 sorted, no repeats)."""
-        users, items = self.interactions
-        pairs = np.unique(users.astype(np.int64) * self.num_items + items)
-        num_users = int(users.max()) + 1 if len(users) else 0
-        counts = np.bincount(pairs // self.num_items, minlength=num_users)
-        return np.concatenate([[0], counts.cumsum()]).astype(np.int64), (pairs % self.num_items).astype(np.int32)
+    def touched(self) -> tuple[np.ndarray, np.ndarray]:
+        return touched_items(*self.interactions, self.num_items)
 
     def exclusions(self, split: str, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What each row may not show as a negative: all that its user ever touched, its window and its target.
@@ -137,7 +132,15 @@ class Dataset:
         """
         rows = self.rows(split)
         stop = len(rows) if stop is None else min(stop, len(rows))
-        return row_exclusions(rows, *self._touched, start=start, stop=stop)
+        return row_exclusions(rows, *self.touched, start=start, stop=stop)
+
+
+def touched_items(users: np.ndarray, items: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each user ever touched: CSR by user (offsets int64 [users + 1], items int32, sorted, no repeats)."""
+    pairs = np.unique(users.astype(np.int64) * num_items + items)
+    num_users = int(users.max()) + 1 if len(users) else 0
+    counts = np.bincount(pairs // num_items, minlength=num_users)
+    return np.concatenate([[0], counts.cumsum()]).astype(np.int64), (pairs % num_items).astype(np.int32)
 
 
 def row_exclusions(
@@ -153,13 +156,13 @@ def row_exclusions(
     lengths = touched + windows + 1
     offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
     items = np.empty(int(offsets[-1]), dtype=np.int32)
-    items[_ranges(offsets[:-1], touched)] = touched_items[_ranges(begins, touched)]
-    items[_ranges(offsets[:-1] + touched, windows)] = rows.items[rows.offsets[start] : rows.offsets[stop]]
+    items[ranges(offsets[:-1], touched)] = touched_items[ranges(begins, touched)]
+    items[ranges(offsets[:-1] + touched, windows)] = rows.items[rows.offsets[start] : rows.offsets[stop]]
     items[offsets[1:] - 1] = rows.targets[start:stop]
     return offsets, items
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenate arange(start, start + length) for each pair, int64."""
     total = int(lengths.sum())
     ends = lengths.cumsum()
@@ -239,6 +242,7 @@ def write_dataset(
             "format_version": FORMAT_VERSION,
             "name": name,
             "domain": log.domain,
+            "timestamp_unit": log.timestamp_unit,
             "counts": {
                 "items": log.num_items,
                 "interactions": len(log),

@@ -16,7 +16,7 @@ class Log:
     items: np.ndarray
     """int32 [n], item ids from 0."""
     timestamps: np.ndarray
-    """int64 [n], seconds since the epoch (or any other order)."""
+    """int64 [n], in `timestamp_unit` since 1970."""
     titles: list[str]
     """By item id; unique and not empty once `llara_dist.data.titles` has been through."""
     domain: str
@@ -25,6 +25,8 @@ class Log:
     """bool [n]: which events make sequences; the others (low ratings, say) only exclude negatives. None = all."""
     item_ids: list[str] = field(default_factory=list)
     """By item id, the item's name in the raw data; empty when it is the id itself."""
+    timestamp_unit: str = "s"
+    """s, ms, us or ns."""
     user_ids: list[str] = field(default_factory=list)
     """By user id, the user's name in the raw data; empty when it is the id itself."""
 
