@@ -201,6 +201,7 @@ def encode_rows(
     target_index: np.ndarray,
     template_index: np.ndarray,
     max_tokens: int | None = None,
+    keys: np.ndarray | None = None,
 ) -> RowBlock:
     """Encode rows by gathering their units; no tokenizer runs here.
 
@@ -212,6 +213,7 @@ def encode_rows(
         target_index: int [n], which candidate is the answer.
         template_index: int [n].
         max_tokens: most hybrid positions of a row, EOS included; the oldest history goes first.
+        keys: [n], to name a row in an error; its number by default.
 
     Raises:
         InputError: a row without history, or one that is too long even with one history item (names the row).
@@ -221,7 +223,7 @@ def encode_rows(
         raise ValueError(f"the unit table states {table.num_candidates} candidates, the rows hold {width}")
     counts = np.diff(history_offsets)
     if rows and counts.min() < 1:
-        raise InputError(f"row {int(counts.argmin())}: no history; a prompt needs at least one item")
+        raise InputError(f"{_name(keys, int(counts.argmin()))}: no history; a prompt needs at least one item")
     target_index, template_index = target_index.astype(np.int64), template_index.astype(np.int64)
 
     history_units = history_items[history_offsets[0] : history_offsets[-1]].astype(np.int64)
@@ -244,7 +246,7 @@ def encode_rows(
             row = int(np.flatnonzero(kept >= ends)[0])
             needed = int(fixed[row] + table.lengths[history_units[ends[row] - 1]])
             raise InputError(
-                f"row {row}: needs {needed} tokens with one history item left, the limit is {max_tokens}; "
+                f"{_name(keys, row)}: needs {needed} tokens with one history item left, the limit is {max_tokens}; "
                 "raise --max-tokens or lower --max-title-tokens"
             )
     else:
@@ -292,6 +294,10 @@ def encode_rows(
         answer_end=token_offsets[1:] - token_offsets[:-1],
         dropped=dropped,
     )
+
+
+def _name(keys: np.ndarray | None, row: int) -> str:
+    return f"row {row}" if keys is None else f"key {int(keys[row])}"
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

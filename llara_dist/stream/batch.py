@@ -81,7 +81,8 @@ class Batch:
 
 
 def _rebuild(values: dict[str, Any]) -> Batch:
-    return Batch(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()})
+    fields: Any = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+    return Batch(**fields)
 
 
 def collate(samples: Sequence[Sample], hybrid: np.ndarray | Sequence[bool], answers: bool = True) -> Batch:
