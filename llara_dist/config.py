@@ -45,8 +45,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(
             self.bits != 4 or self.quant_storage in ("uint8", "float32"),
-            f"model.quant_storage={self.quant_storage}: packed 4-bit weights must be stored in uint8 or in the dtype that "
-            "DeepSpeed trains in (float32 here); another float dtype is cast by value and silently corrupts them; "
+            f"model.quant_storage={self.quant_storage}: packed 4-bit weights must be stored in uint8 or in the "
+            "dtype that DeepSpeed trains in (float32 here); another float dtype is cast by value and silently corrupts them; "
             "set model.quant_storage=uint8",
         )
         _require(

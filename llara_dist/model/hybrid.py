@@ -32,6 +32,7 @@ class HybridLlama(nn.Module):
     """
 
     item_table: Tensor
+    llm: Any
 
     def __init__(self, llm: nn.Module, projector: Projector, item_table: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class HybridLlama(nn.Module):
         """
         # Detached: the embedding is frozen, and PEFT makes its output a leaf that requires a gradient when activations
         # are checkpointed, which could not be written in place.
-        embeddings = self.llm.get_input_embeddings()(batch.tokens[None]).detach()  # pyright: ignore[reportCallIssue]
+        embeddings = self.llm.get_input_embeddings()(batch.tokens[None]).detach()
         behaviour = self.projector(self.item_table[batch.unique_items]).to(embeddings.dtype)
         if batch.slot_positions.shape[0] == 0:
             return embeddings + 0.0 * behaviour.sum()
@@ -80,7 +81,7 @@ class HybridLlama(nn.Module):
         return F.cross_entropy(self.answer_logits(batch), batch.labels, reduction="sum")
 
     def _attention(self) -> str:
-        return self.llm.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
+        return self.llm.config._attn_implementation
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """The adapters' trainable parameters by name."""
@@ -117,7 +118,7 @@ def build_hybrid_llama(
     if not bool(torch.isfinite(item_table).all()):
         raise InputError("the item table holds values that are not finite; train the recommender again")
     llm = load_llama(model, device, place)
-    embedding = llm.get_input_embeddings().weight
+    embedding: Any = llm.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = attach_lora(llm, lora, model.path)

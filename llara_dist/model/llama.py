@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,7 @@ def read_llama_config(config: ModelConfig) -> LlamaConfig:
     Raises:
         InputError: not found, unreadable, or no Llama architecture.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, LlamaConfig
 
     folder = Path(config.path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -53,6 +53,7 @@ def read_llama_config(config: ModelConfig) -> LlamaConfig:
         raise InputError(f"model.path={config.path}: not a readable model folder or hub id ({first_line})") from None
     if loaded.model_type != "llama":
         raise InputError(f"model.path={config.path}: architecture {loaded.model_type!r}; only Llama is supported")
+    assert isinstance(loaded, LlamaConfig)
     return loaded
 
 
@@ -88,7 +89,7 @@ def load_llama(config: ModelConfig, device: torch.device, place: bool = True) ->
             bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,

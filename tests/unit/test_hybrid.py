@@ -70,7 +70,7 @@ def test_behaviour_embeddings_are_at_their_slots_and_nowhere_else(random_llama: 
     torch.testing.assert_close(embedded[batch.slot_positions], expected)
     rest = torch.ones(len(batch.tokens), dtype=torch.bool)
     rest[batch.slot_positions] = False
-    plain = model.llm.get_input_embeddings()(batch.tokens)  # pyright: ignore[reportCallIssue]
+    plain = model.llm.get_input_embeddings()(batch.tokens)
     torch.testing.assert_close(embedded[rest], plain[rest], rtol=0, atol=0)
 
 
@@ -97,7 +97,7 @@ def test_loss_is_the_sum_over_answers_of_full_logits(random_llama: Path) -> None
 
 
 @pytest.mark.parametrize("batch", [collate([make_sample(0)], [False]), empty_batch()], ids=["text-only", "empty"])
-def test_projector_has_finite_zero_gradients_without_slots(random_llama: Path, batch) -> None:  # noqa: ANN001
+def test_projector_has_finite_zero_gradients_without_slots(random_llama: Path, batch) -> None:
     model = build(random_llama)
     model(batch).backward()
     for name, parameter in model.projector_parameters().items():
@@ -144,7 +144,7 @@ def test_same_seed_same_parameters(random_llama: Path) -> None:
 
 def test_projector_starts_at_the_scale_of_token_embeddings(random_llama: Path) -> None:
     model = build(random_llama)
-    tokens = model.llm.get_input_embeddings().weight  # pyright: ignore[reportAttributeAccessIssue]
+    tokens = model.llm.get_input_embeddings().weight
     behaviour = model.projector(model.item_table)
     assert behaviour.square().mean().sqrt().item() == pytest.approx(tokens.square().mean().sqrt().item(), rel=1e-4)
 

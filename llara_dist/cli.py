@@ -1,0 +1,209 @@
+"""The one command line, `llara-dist …`: parses, calls, prints; no logic."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llara_dist import __version__
+from llara_dist.distributed import read_world
+from llara_dist.errors import InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: the function behind it, a line of what it does, an example."""
+
+    function: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "llara_dist.quickstart:quickstart",
+        "the whole way on the built-in synthetic world, with an HTML report, in about five minutes on two CPU cores",
+        "llara-dist quickstart --out quickstart_out",
+    ),
+    "download": Command(
+        "llara_dist.data.download:download",
+        "fetch a public data set from its publisher, checksum pinned, resumable",
+        "llara-dist download movielens --out raw",
+    ),
+    "prepare": Command(
+        "llara_dist.data.prepare:prepare",
+        "raw logs → dataset folder: windows, splits, titles, frozen candidates, an audit",
+        "llara-dist prepare --recipe movielens --raw raw/ml-100k --out data/movielens",
+    ),
+    "recommender train": Command(
+        "llara_dist.recommenders.training:train",
+        "train the sequential recommender and write its item table",
+        "llara-dist recommender train --data data/movielens --model sasrec --out recommenders/sasrec",
+    ),
+    "recommender eval": Command(
+        "llara_dist.recommenders.evaluation:evaluate",
+        "full-ranking HR@k, NDCG@k and HR@1 over the frozen candidates",
+        "llara-dist recommender eval --data data/movielens --weights recommenders/sasrec --split test",
+    ),
+    "tiny-llama": Command(
+        "llara_dist.model.tiny:tiny_llama",
+        "make and pre-train a small Llama for tests, debugging and the quickstart",
+        "llara-dist tiny-llama --data data/movielens --tokenizer llama2-tokenizer --out llm",
+    ),
+    "shards build": Command(
+        "llara_dist.data.build:build",
+        "dataset folder + tokenizer → WebDataset shards with index and manifest",
+        "llara-dist shards build --data data/movielens --tokenizer llm --out shards/out/movielens",
+    ),
+    "shards verify": Command(
+        "llara_dist.data.verify:verify",
+        "check every byte of every shard against index and manifest",
+        "llara-dist shards verify shards/out/movielens",
+    ),
+    "shards inspect": Command(
+        "llara_dist.data.inspect:inspect_sample",
+        "print one sample so that a person can read it, in both forms",
+        "llara-dist shards inspect shards/out/movielens --key 42",
+    ),
+    "train": Command(
+        "llara_dist.training.loop:train",
+        "tune LoRA and projector with the curriculum; the same code runs under deepspeed, torchrun and srun",
+        "llara-dist train --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
+        "--recommender.path recommenders/sasrec --out runs/movielens",
+    ),
+    "evaluate": Command(
+        "llara_dist.evaluation.evaluate:evaluate",
+        "generate answers and rank candidates: HitRatio@1, valid ratio, HR@k, NDCG@k, with intervals",
+        "llara-dist evaluate --run runs/movielens --split test --protocol exact",
+    ),
+}
+
+GROUPS = {
+    "recommender": "the frozen sequential recommender: train, eval",
+    "shards": "training samples as WebDataset shards: build, verify, inspect",
+}
+
+
+def overview() -> str:
+    """What `llara-dist --help` prints."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: llara-dist COMMAND [options]\n\n"
+        "Tune large language models as sequential recommenders, on one process or a cluster.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\nEvery command has --help with an example, and --json prints one JSON object as its last line."
+    )
+
+
+def find_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Split the arguments into a command's name and its own arguments.
+
+    Raises:
+        InputError: no such command; lists what there is.
+    """
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, list(arguments[words:])
+    if arguments[0] in GROUPS:
+        known = ", ".join(name for name in COMMANDS if name.startswith(arguments[0] + " "))
+        raise InputError(f"{arguments[0]}: expected one of: {known}")
+    raise InputError(f"unknown command {arguments[0]!r}; `llara-dist --help` lists the commands")
+
+
+POSITIONAL = {"shards verify": "shards", "shards inspect": "shards", "download": "dataset"}
+"""Commands whose first argument may be given without its option's name."""
+
+
+def normalise(name: str, arguments: list[str]) -> list[str]:
+    """Accept --max-tokens for --max_tokens, and a bare first argument where a command has one."""
+    spelled = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        spelled.append(
+            option.replace("-", "_").replace("__", "--", 1) + equals + value if option[:2] == "--" else argument
+        )
+    if name in POSITIONAL and spelled and not spelled[0].startswith("-"):
+        spelled.insert(0, f"--{POSITIONAL[name]}")
+    return spelled
+
+
+def run_command(name: str, arguments: list[str]) -> None:
+    """Parse the arguments by the function's signature and docstring, call it, and print its result if asked.
+
+    Raises:
+        InputError: an option is unknown or has a bad value.
+    """
+    from argparse import ArgumentError
+
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    command = COMMANDS[name]
+    module, _, attribute = command.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    parser = ArgumentParser(
+        prog=f"llara-dist {name}",
+        description=command.summary,
+        epilog=f"example: {command.example}",
+        exit_on_error=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    if name == "train":
+        from llara_dist.config import RunConfig
+
+        parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
+        parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
+        parser.add_class_arguments(RunConfig, as_group=True)
+    else:
+        parser.add_function_arguments(function, as_group=False)
+    try:
+        values = parser.instantiate(parser.parse_args(normalise(name, arguments)))
+    except ArgumentError as error:
+        raise InputError(f"llara-dist {name}: {' '.join(str(error.message).split())}; see --help") from None
+    given = dict(vars(values))
+    as_json = given.pop("json")
+    given.pop("config", None)
+    if name == "train":
+        debug = given.pop("debug")
+        given = {"config": RunConfig(**given), "debug": debug}
+    result = function(**given)
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+def report(error: InputError) -> None:
+    """Print the one line of an error: once a node where every rank found the same."""
+    try:
+        local_rank = read_world().local_rank
+    except InputError:
+        local_rank = 0
+    if local_rank == 0 or not error.everywhere:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exit code 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(overview())
+        sys.exit(0 if given else 2)
+    if given[0] == "--version":
+        print(__version__)
+        sys.exit(0)
+    try:
+        run_command(*find_command(given))
+    except InputError as error:
+        report(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Single-process debug mode: any config, made small and loud."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from llara_dist.config import RunConfig
+from llara_dist.console import say, table
+from llara_dist.data.tokenizer import load_tokenizer
+from llara_dist.distributed import World
+from llara_dist.errors import InputError
+from llara_dist.stream.batch import Batch
+from llara_dist.stream.loader import Step
+from llara_dist.training.engine import StepResult
+from llara_dist.training.memory import peak_memory_mib
+
+STEPS = 4
+SAMPLES = 8
+
+
+def shrink(config: RunConfig, world: World) -> RunConfig:
+    """The same run with few steps of few samples, read in this process, in a folder `OUT-debug` of its own.
+
+    The folder is made anew each time. Model, shards, recommender, curriculum, rates and ZeRO stage stay as they are.
+
+    Raises:
+        InputError: more than one process was started.
+    """
+    if world.size > 1:
+        raise InputError(
+            f"--debug runs in one process, {world.size} were started: use plain `llara-dist train --debug`"
+        )
+    out = config.out.with_name(config.out.name + "-debug")
+    if (out / "debug").is_dir() or (out / "config.json").is_file():
+        shutil.rmtree(out)
+    return dataclasses.replace(
+        config,
+        out=out,
+        resume="no",
+        log_every_steps=1,
+        data=dataclasses.replace(
+            config.data,
+            max_steps=min(STEPS, config.data.max_steps or STEPS),
+            global_batch_samples=min(SAMPLES, config.data.global_batch_samples),
+            workers=0,
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+    )
+
+
+def describe_sample(batch: Batch, index: int, tokenizer: object) -> tuple[str, list[str]]:
+    """One sample of a batch as a person reads it.
+
+    Args:
+        batch: a packed row.
+        index: which sample.
+        tokenizer: the model's.
+
+    Returns:
+        The decoded tokens with each slot shown as ⟨item 42⟩, and one line a label: position, target token.
+    """
+    start, end = int(batch.cu_seqlens[index]), int(batch.cu_seqlens[index + 1])
+    items = {
+        int(position): int(batch.unique_items[inverse])
+        for position, inverse in zip(batch.slot_positions.tolist(), batch.slot_inverse.tolist(), strict=True)
+    }
+    pieces: list[str] = []
+    run: list[int] = []
+    for position in range(start, end):
+        if position in items:
+            pieces += [_decode(tokenizer, run), f"⟨item {items[position]}⟩"]
+            run = []
+        else:
+            run.append(int(batch.tokens[position]))
+    pieces.append(_decode(tokenizer, run))
+    labels = [
+        f"position {int(p) - start} predicts {_decode(tokenizer, [int(label)])!r}"
+        for p, label, sample in zip(batch.label_positions, batch.labels, batch.sample_of_label, strict=True)
+        if int(sample) == index
+    ]
+    return "".join(pieces), labels
+
+
+def _decode(tokenizer: object, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def dump_batch(batch: Batch, path: Path) -> None:
+    """Write a batch's tensors to a safetensors file."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        field.name: getattr(batch, field.name).contiguous()
+        for field in dataclasses.fields(batch)
+        if isinstance(getattr(batch, field.name), torch.Tensor)
+    }
+    save_file(tensors, path, metadata={"max_seqlen": str(batch.max_seqlen)})
+
+
+class Debugger:
+    """Looks at every step: shapes, a decoded sample, timing, memory, finite loss; anomaly detection is on.
+
+    Args:
+        config: the shrunk run.
+        device: of the run.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._out = config.out / "debug"
+        self._device = device
+        self._tokenizer = load_tokenizer(config.model.path)
+        self._started = time.perf_counter()
+        torch.autograd.set_detect_anomaly(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def before(self, step: Step) -> None:
+        """Show the step's micro-batches; at the first one also a sample, and dump the batch."""
+        rows = [
+            (i, len(b.keys), len(b.tokens), len(b.slot_positions), len(b.unique_items), len(b.labels), b.max_seqlen)
+            for i, b in enumerate(step.microbatches)
+        ]
+        columns = ["micro-batch", "samples", "tokens", "slots", "distinct items", "labels", "longest"]
+        table(f"step {step.index}: {step.samples} samples, {step.hybrid_samples} hybrid", columns, rows)
+        if step.index > 0:
+            return
+        batch = step.microbatches[0]
+        for index in sorted({0, int(batch.hybrid.to(torch.int64).argmax())}):
+            text, labels = describe_sample(batch, index, self._tokenizer)
+            form = "hybrid" if bool(batch.hybrid[index]) else "text-only"
+            say(f"sample key {int(batch.keys[index])} ({form}):\n{text}\nlabels:\n  " + "\n  ".join(labels))
+        dump_batch(batch, self._out / "first_batch.safetensors")
+        say(f"first batch written to {self._out / 'first_batch.safetensors'}")
+
+    def after(self, step: Step, result: StepResult, seconds: float) -> None:
+        """Show time, memory and loss; stop at a loss that is not finite.
+
+        Raises:
+            RuntimeError: the loss is not finite; names the step and the sample keys.
+        """
+        norm = "not reported" if result.grad_norm is None else f"{result.grad_norm:.4f}"
+        say(
+            f"step {step.index}: loss {result.loss:.6f}, gradient norm {norm}, {seconds:.3f} s, "
+            f"{step.tokens / seconds:.0f} tokens/s, peak {peak_memory_mib(self._device):.0f} MiB"
+        )
+        if not torch.isfinite(torch.tensor(result.loss)):
+            keys = [int(key) for batch in step.microbatches for key in batch.keys]
+            raise RuntimeError(f"step {step.index}: loss is {result.loss}; sample keys {keys}")

@@ -1,0 +1,93 @@
+"""What a run says of itself while it runs: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, oldest first; a last line cut short by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsLog:
+    """Rank 0's log of one run; other ranks hold one that does nothing.
+
+    Args:
+        out: the run's folder.
+        first_step: where this start begins; older lines of later steps are dropped, so that none is there twice.
+        total_steps: T.
+        enabled: whether this process writes.
+    """
+
+    def __init__(self, out: Path, first_step: int, total_steps: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._path = out / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["step"] < first_step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        self._last_line = 0.0
+        self._total = total_steps
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+            self._bar.start()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log one step: a JSON line, TensorBoard scalars, and what a person sees.
+
+        Args:
+            row: `step` and numbers by name.
+        """
+        if not self._enabled:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(f"train/{name}", value, row["step"])
+        text = (
+            f"loss {row['loss']:.4f}  p {row['p']:.3f} (realised {row['hybrid_share']:.3f})  lr {row['lora_lr']:.2e}  "
+            f"{row['samples_per_s']:.1f} samples/s  {row['tokens_per_s']:.0f} tokens/s  "
+            f"padding {row['padding_share']:.1%}  {row['memory_mib']:.0f} MiB"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"] + 1, description=text)
+        elif time.monotonic() - self._last_line > 5 or row["step"] + 1 == self._total:
+            self._last_line = time.monotonic()
+            print(f"step {row['step'] + 1}/{self._total}  {text}", flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,114 @@
+"""AdamW's moments by parameter name, whole on every rank, whatever the ZeRO stage that partitions them.
+
+Stage 0 keeps torch's own state per parameter. Stages 1 and 2 hold flat fp32 partitions, each parameter mapped to its
+fragment (`param._hp_mapping`). Stage 3 holds flat sub-groups of each parameter's local partition
+(`optimizer.grad_position`). Reading goes through DeepSpeed's documented accessors; writing fills the local fragments,
+because `safe_set_full_*` fails under stage 3 where a tensor's size is not divisible by the world size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def _stage(parameter: nn.Parameter) -> int:
+    if hasattr(parameter, "ds_id"):
+        return 3
+    return 2 if hasattr(parameter, "_hp_mapping") else 0
+
+
+def read_masters(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Whole float32 masters by name, on the CPU; a collective under ZeRO: every rank calls it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    masters = {}
+    for name, parameter in parameters.items():
+        whole = parameter.detach() if _stage(parameter) == 0 else safe_get_full_fp32_param(parameter)
+        assert whole is not None
+        masters[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
+    return masters
+
+
+def read_moments(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Whole moments as `exp_avg/NAME`, `exp_avg_sq/NAME` (float32) and `step/NAME` (float32 scalar), on the CPU.
+
+    A collective under ZeRO: every rank calls it. Empty before the first step.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    inner = _inner(optimizer)
+    if not inner.state:
+        return {}
+    moments = {}
+    for name, parameter in parameters.items():
+        stage = _stage(parameter)
+        for key in MOMENTS:
+            whole = inner.state[parameter][key] if stage == 0 else safe_get_full_optimizer_state(parameter, key)
+            assert whole is not None
+            moments[f"{key}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+        moments[f"step/{name}"] = torch.tensor(float(_step_count(optimizer, inner, parameter, stage)))
+    return moments
+
+
+def _step_count(optimizer: Any, inner: torch.optim.Optimizer, parameter: nn.Parameter, stage: int) -> float:
+    return float(inner.state[_flat(optimizer, parameter, stage)]["step"])
+
+
+def _flat(optimizer: Any, parameter: nn.Parameter, stage: int) -> Tensor:
+    """The tensor of the inner optimizer that holds (this rank's part of) the parameter."""
+    if stage == 0:
+        return parameter
+    if stage == 3:
+        return optimizer.fp32_partitioned_groups_flat[optimizer.grad_position[optimizer.get_param_id(parameter)][0]]
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        if any(member is parameter for member in group):
+            return flat
+    raise KeyError("parameter is in no group of the optimizer")
+
+
+def write_moments(optimizer: Any, parameters: dict[str, nn.Parameter], moments: dict[str, Tensor]) -> None:
+    """Fill the optimizer's state, made before its first step, from what `read_moments` gave on any world size.
+
+    Raises:
+        KeyError: a parameter has no moments.
+    """
+    if not moments:
+        return
+    inner = _inner(optimizer)
+    for name, parameter in parameters.items():
+        stage = _stage(parameter)
+        flat = _flat(optimizer, parameter, stage)
+        state = inner.state[flat]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat)
+        state["step"].fill_(float(moments[f"step/{name}"]))
+        for key in MOMENTS:
+            _write_fragment(optimizer, parameter, stage, state[key], moments[f"{key}/{name}"])
+
+
+def _write_fragment(optimizer: Any, parameter: nn.Parameter, stage: int, local: Tensor, whole: Tensor) -> None:
+    values = whole.flatten().to(local.device, local.dtype)
+    if stage == 0:
+        local.view(-1).copy_(values)
+    elif stage == 2:
+        mapping: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is not None:  # else no element of this parameter is in this rank's partition
+            source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+            local.narrow(0, target.start, target.numel).copy_(values.narrow(0, source.start, source.numel))
+    else:
+        _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        rank = torch.distributed.get_rank()
+        mine = values[rank * length : (rank + 1) * length]  # the last partition may be padded
+        local.narrow(0, offset, mine.numel()).copy_(mine)

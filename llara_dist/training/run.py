@@ -1,0 +1,157 @@
+"""One run put together: inputs, plan, curriculum, engine, and where to begin."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llara_dist import __version__
+from llara_dist.config import RunConfig, to_dict
+from llara_dist.distributed import World
+from llara_dist.errors import InputError
+from llara_dist.integrity import sha256_json, write_json
+from llara_dist.model.hybrid import build_hybrid_llama
+from llara_dist.model.llama import base_fingerprint
+from llara_dist.stream.loader import StepLoader
+from llara_dist.training.checkpoint import Checkpoint, load_moments, load_parameters, save_checkpoint
+from llara_dist.training.curriculum import Curriculum, make_schedule
+from llara_dist.training.engine import Engine, zero_stage
+from llara_dist.training.preflight import Inputs
+from llara_dist.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with.
+
+    Attributes:
+        config: as given.
+        engine: the model under DeepSpeed.
+        curriculum: p(τ) and the draws.
+        loader: this rank's steps from `first_step` on.
+        first_step: 0, or where the checkpoint left off.
+        total_steps: T.
+        contract: what must not change between a start and its resumption.
+    """
+
+    config: RunConfig
+    engine: Engine
+    curriculum: Curriculum
+    loader: StepLoader
+    first_step: int
+    total_steps: int
+    contract: dict[str, Any]
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Learning rates of LoRA and projector at a step; the projector's is 0 while p = 0.
+
+        In a text-only phase the projector gets zero gradients, yet momentum and decay would still move it.
+        """
+        settings = self.config.optimizer
+        lora, projector = (
+            learning_rate(step, self.total_steps, peak, settings.warmup_fraction, settings.floor)
+            for peak in (settings.lora_lr, settings.projector_lr)
+        )
+        return lora, projector if self.curriculum.probability(step) > 0 else 0.0
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` optimizer steps; every rank calls it."""
+        state = {
+            "step": done,
+            "total_steps": self.total_steps,
+            "contract": self.contract,
+            "config": to_dict(self.config),
+            "world_size": self.engine.world.size,
+            "versions": versions(),
+        }
+        save_checkpoint(self.config.out / "checkpoints", self.engine, state, self.config.checkpoint.keep_last)
+
+    def checkpoint_due(self, done: int) -> bool:
+        """Whether a checkpoint is written after `done` steps."""
+        every = self.config.checkpoint.every_steps
+        return done == self.total_steps or (every > 0 and done % every == 0)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that a result depends on."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+    return {"llara_dist": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def contract_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What the course of a run depends on beside the state that a checkpoint carries."""
+    sections = to_dict(config)
+    return {
+        "plan": inputs.plan.hash,
+        "total_steps": inputs.total_steps,
+        "seed": config.seed,
+        "base_model": base_fingerprint(config.model),
+        "item_table": sha256_json(inputs.item_table.info["files"]),
+        "bits": config.model.bits,
+        "lora": sections["lora"],
+        "projector": sections["projector"],
+        "curriculum": sections["curriculum"],
+        "optimizer": sections["optimizer"],
+    }
+
+
+def check_contract(checkpoint: Checkpoint, contract: dict[str, Any]) -> None:
+    """A resumed run must be the one that was stopped.
+
+    Raises:
+        InputError: names the first part that differs.
+    """
+    saved = checkpoint.state["contract"]
+    for name, value in contract.items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"{checkpoint.path}: cannot go on from it: {name} was {saved.get(name)!r}, now {value!r}; "
+                "give the settings of the first start, or another --out"
+            )
+
+
+def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.device) -> Run:
+    """Load the model, restore the checkpoint if there is one, and stand at the first step to run.
+
+    Raises:
+        InputError: a weight does not load, or the checkpoint belongs to another run.
+    """
+    contract = contract_of(config, inputs)
+    if inputs.checkpoint is not None:
+        check_contract(inputs.checkpoint, contract)
+    if world.is_main:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "config.json", to_dict(config))
+    model = build_hybrid_llama(
+        config.model,
+        config.lora,
+        config.projector,
+        inputs.item_table.weight,
+        device,
+        config.seed,
+        place=zero_stage(inputs.ds_config) < 3,
+    )
+    if inputs.checkpoint is not None:
+        load_parameters(model, inputs.checkpoint)
+    engine = Engine(model, inputs.ds_config, config.optimizer, device, world, config.seed)
+    if inputs.checkpoint is not None:
+        load_moments(engine, inputs.checkpoint)
+    curriculum = Curriculum(make_schedule(config.curriculum), inputs.total_steps, config.seed)
+    first_step = inputs.checkpoint.step if inputs.checkpoint is not None else 0
+    loader = StepLoader(
+        inputs.shards,
+        inputs.plan,
+        curriculum.draw,
+        rank=world.rank,
+        world_size=world.size,
+        max_tokens_per_microbatch=config.data.max_tokens_per_microbatch,
+        first_step=first_step,
+        last_step=inputs.total_steps,
+        num_workers=config.data.workers,
+    )
+    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, contract)
