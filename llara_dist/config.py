@@ -46,8 +46,8 @@ class ModelConfig:
         _require(
             self.bits != 4 or self.quant_storage in ("uint8", "float32"),
             f"model.quant_storage={self.quant_storage}: packed 4-bit weights must be stored in uint8 or in the "
-            "dtype that DeepSpeed trains in (float32 here); another float dtype is cast by value and silently corrupts them; "
-            "set model.quant_storage=uint8",
+            "dtype that DeepSpeed trains in (float32 here); another float dtype is cast by value and "
+            "silently corrupts them; set model.quant_storage=uint8",
         )
         _require(
             not (self.bits == 16 and self.compute_dtype == "float32"),

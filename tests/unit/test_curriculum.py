@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -49,8 +51,8 @@ def test_learning_rate_warms_up_and_falls_to_the_floor() -> None:
     assert rates[0] == pytest.approx(0.01)
     assert rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01)
-    assert all(earlier < later for earlier, later in zip(rates[:10], rates[1:11], strict=True))
-    assert all(earlier > later for earlier, later in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(earlier < later for earlier, later in itertools.pairwise(rates[:11]))
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize("total", [1, 2, 3])
