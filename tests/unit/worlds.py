@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+
 from llara_dist.data.candidates import draw_candidates
 from llara_dist.data.dataset import Rows, row_exclusions, write_dataset
 from llara_dist.data.log import Log
@@ -44,14 +45,17 @@ AWKWARD = [
     "Mr. & Mrs. Smith: Part II - The Return of the Very Long Title That Goes On, and On, and On, Until It Is Cut",
 ]
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def titles(num_items: int = 60) -> list[str]:
     """The awkward ones, then plain ones."""
-    return (AWKWARD + [f"Item {index} of the {'Red Blue Green'.split()[index % 3]} kind" for index in range(10_000)])[
-        :num_items
-    ]
+    colours = ["Red", "Blue", "Green"]
+    plain = [f"Item {index} of the {colours[index % 3]} kind" for index in range(num_items)]
+    return (AWKWARD + plain)[:num_items]
 
 
 def corpus() -> list[str]:

@@ -1,0 +1,170 @@
+"""Steps for one rank: plan → reads → packed micro-batches, made ahead in worker processes, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from llara_dist.errors import InputError
+from llara_dist.stream.batch import Batch, collate
+from llara_dist.stream.plan import Plan, check_world
+from llara_dist.stream.reader import ShardSet
+
+Draw = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""(step, keys uint64 [n], passes int16 [n]) → bool [n]: which samples are hybrid; the curriculum's pure draw"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in one optimizer step, with the numbers of the whole global step."""
+
+    index: int
+    """optimizer step, from 0"""
+    epoch: int
+    microbatches: list[Batch]
+    """this rank's; equally many on every rank"""
+    samples: int
+    """of the global step, like all that follows"""
+    hybrid_samples: int
+    answer_tokens: int
+    """labels: the loss of the step is the sum over them divided by this number"""
+    tokens: int
+    """positions computed, without stand-ins"""
+    padding_share: float
+    """share of positions in which a rank waits: 1 - tokens / (sum over the micro-batches that run at the same time of
+    ranks x the longest of them). Packed rows hold no padding of their own, so one rank alone has 0."""
+    keys: np.ndarray
+    """uint64 [samples], in the plan's order"""
+
+    def pin_memory(self) -> Step:
+        """The same step with its batches in page-locked memory."""
+        return replace(self, microbatches=[batch.pin_memory() for batch in self.microbatches])
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    """Makes any step of a plan for one rank; the same in every process."""
+
+    shards: ShardSet
+    plan: Plan
+    draw: Draw
+    rank: int
+    world_size: int
+    max_tokens_per_microbatch: int
+
+    def make(self, index: int) -> Step:
+        """Read and pack step `index`."""
+        ids = self.plan.step(index)
+        keys, passes = self.shards.keys[ids], self.shards.passes[ids]
+        hybrid = np.asarray(self.draw(index, keys, passes), dtype=bool)
+        shares = self.plan.microbatches(index, hybrid, self.world_size, self.max_tokens_per_microbatch)
+        lengths = self.shards.tokens[ids] - np.where(hybrid, 0, self.shards.slots[ids])
+        longest = sum(max(int(lengths[part].sum()) for part in turn) for turn in zip(*shares, strict=True))
+        tokens = int(lengths.sum())
+        return Step(
+            index=index,
+            epoch=self.plan.epoch(index),
+            microbatches=[collate(self.shards.read(ids[part]), hybrid[part]) for part in shares[self.rank]],
+            samples=len(ids),
+            hybrid_samples=int(hybrid.sum()),
+            answer_tokens=int(self.shards.answer_tokens[ids].sum()),
+            tokens=tokens,
+            padding_share=1.0 - tokens / (self.world_size * longest),
+            keys=keys,
+        )
+
+
+class _Steps(Dataset):
+    """Step numbers as a map-style data set, so that DataLoader's workers make whole steps and its order holds."""
+
+    def __init__(self, maker: StepMaker, first: int, last: int) -> None:
+        self.maker, self.first, self.last = maker, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, position: int) -> Step | InputError:
+        try:
+            return self.maker.make(self.first + position)
+        except InputError as error:
+            # Returned, not raised: DataLoader would wrap the one clear line into a worker's traceback.
+            return error
+
+
+def _first(steps: list[Any]) -> Any:
+    return steps[0]
+
+
+class StepLoader:
+    """Iterates over the steps [first_step, last_step) of a plan for one rank; each iteration starts at first_step.
+
+    The steps are the same for any number of workers. Worker processes only read files and arrays.
+
+    Args:
+        shards: the shard set that `plan` was made for.
+        plan: the run's plan.
+        draw: which samples are hybrid; with workers it must be picklable.
+        rank: this rank, from 0.
+        world_size: ranks.
+        max_tokens_per_microbatch: budget of a packed row, positions.
+        first_step: where to begin (a resumed run).
+        num_workers: processes that prepare steps; 0 makes them in the loop's own process.
+        last_step: where to stop, exclusive; the plan's end by default.
+        pin_memory: whether batches come in page-locked memory (for a GPU).
+
+    Raises:
+        InputError: more ranks than samples in a global batch, or a row that exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        plan: Plan,
+        draw: Draw,
+        rank: int = 0,
+        world_size: int = 1,
+        max_tokens_per_microbatch: int = 8192,
+        first_step: int = 0,
+        num_workers: int = 0,
+        last_step: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        last = plan.num_steps if last_step is None else min(last_step, plan.num_steps)
+        if not 0 <= first_step <= last:
+            raise InputError(f"first step {first_step} is not within the plan's steps 0..{last}")
+        check_world(shards, plan.global_batch, world_size, max_tokens_per_microbatch)
+        self.maker = StepMaker(shards, plan, draw, rank, world_size, max_tokens_per_microbatch)
+        self._steps = _Steps(self.maker, first_step, last)
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        if self._num_workers == 0:
+            for index in range(self._steps.first, self._steps.last):
+                step = self.maker.make(index)
+                yield step.pin_memory() if self._pin_memory else step
+            return
+        loader = DataLoader(
+            self._steps,
+            batch_size=1,
+            shuffle=False,
+            num_workers=self._num_workers,
+            collate_fn=_first,
+            prefetch_factor=2,
+            pin_memory=self._pin_memory,
+            # spawn: the parent may hold a CUDA context, communication threads and Arrow's pools.
+            multiprocessing_context="spawn",
+        )
+        for step in loader:
+            if isinstance(step, InputError):
+                raise step
+            yield step
