@@ -13,9 +13,10 @@ from torch import nn
 from llara_dist import console
 from llara_dist.data.dataset import Dataset, load_dataset
 from llara_dist.errors import InputError
+from llara_dist.recommenders.bootstrap import bootstrap_interval
 from llara_dist.recommenders.item_table import WEIGHTS_FILE, read_info, read_tensors
 from llara_dist.recommenders.published import load_published
-from llara_dist.recommenders.ranking import Ranks, bootstrap_interval, rank_targets, ranking_scores
+from llara_dist.recommenders.ranking import Ranks, rank_targets, ranking_scores
 from llara_dist.recommenders.recommender import Recommender
 from llara_dist.recommenders.sasrec import SASRec
 from llara_dist.recommenders.windows import history_tensors

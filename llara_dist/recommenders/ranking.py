@@ -63,38 +63,3 @@ def ranking_scores(ranks: Ranks, hr_at: Iterable[int], ndcg_at: Iterable[int]) -
     """Mean HR@k and NDCG@k over the rows, keys ``hr@k`` and ``ndcg@k``."""
     result = {f"hr@{k}": float(ranks.hits(k).mean()) for k in hr_at}
     return result | {f"ndcg@{k}": float(ranks.gains(k).mean()) for k in ndcg_at}
-
-
-def bootstrap_interval(
-    values: np.ndarray, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
-
-    Rows are drawn with replacement, so the interval says how far the number could move on other users of the same
-    kind. For the difference of two systems on the same rows, pass the rows' differences (a paired bootstrap).
-
-    Args:
-        values: float [n], one value a row (hit or not, a gain, a difference of two systems).
-        resamples: bootstrap draws.
-        seed: of the draws; the interval is a pure function of the arguments.
-        confidence: the interval's coverage.
-
-    Returns:
-        Lower and upper bound.
-
-    Raises:
-        ValueError: no rows.
-    """
-    if len(values) == 0:
-        raise ValueError("no rows, so no interval")
-    generator = np.random.Generator(np.random.PCG64(seed))
-    unique, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    # Hits take two or three values: drawing how often each value comes is the same resampling, only far cheaper.
-    draws = generator.multinomial(len(values), counts / len(values), size=resamples) if len(unique) <= 64 else None
-    if draws is not None:
-        means = draws @ unique / len(values)
-    else:
-        means = np.array([generator.choice(values, len(values)).mean() for _ in range(resamples)])
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)

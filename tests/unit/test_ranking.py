@@ -3,7 +3,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from llara_dist.recommenders.ranking import Ranks, bootstrap_interval, rank_targets, ranking_scores
+from llara_dist.recommenders.ranking import Ranks, rank_targets, ranking_scores
 
 
 def test_ranks_without_ties_are_the_usual_ones() -> None:
@@ -42,30 +42,6 @@ def test_a_constant_scorer_gets_what_chance_gets() -> None:
 def test_nan_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         rank_targets(np.array([[0.0, np.nan]]), np.array([0]))
-
-
-def test_bootstrap_interval_covers_the_mean_at_its_stated_rate() -> None:
-    generator = np.random.default_rng(0)
-    inside = 0
-    for trial in range(300):
-        values = (generator.random(200) < 0.3).astype(float)
-        low, high = bootstrap_interval(values, resamples=500, seed=trial)
-        inside += low <= 0.3 <= high
-    assert 0.90 <= inside / 300 <= 0.99
-
-
-def test_bootstrap_interval_is_seeded_and_agrees_with_the_normal_one() -> None:
-    values = np.repeat([0.0, 1.0], [300, 100])
-    interval = bootstrap_interval(values)
-    assert interval == bootstrap_interval(values)
-    half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
-    assert interval == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
-    continuous = np.random.default_rng(1).normal(size=400)
-    low, high = bootstrap_interval(continuous, resamples=2000)
-    half = 1.96 * continuous.std() / 20
-    assert (low, high) == pytest.approx((continuous.mean() - half, continuous.mean() + half), abs=0.02)
-    with pytest.raises(ValueError, match="no rows"):
-        bootstrap_interval(np.zeros(0))
 
 
 def test_gains_of_a_target_that_is_last_of_many() -> None:
