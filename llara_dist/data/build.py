@@ -316,6 +316,7 @@ def build(
                 "vocabulary": len(loaded),
                 "counts": counts,
                 "splits": splits,
+                "items_bytes": (staging / form.ITEMS).stat().st_size,
                 "items_sha256": sha256_file(staging / form.ITEMS),
             }
         )
