@@ -373,6 +373,7 @@ class PromptEncoder:
             found,
             np.array([template_index]),
             max_tokens,
+            np.array([key]),
         )
         return block.sample(0, key, pass_index)
 
