@@ -91,6 +91,7 @@ def initialise(world: World, device: torch.device, timeout_s: float = 1800.0, in
     import torch.distributed
 
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even where it is alone
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():

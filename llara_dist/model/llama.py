@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,8 @@ def load_llama(config: ModelConfig, device: torch.device, place: bool = True) ->
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    # On import it warns of an optional CPU kernel that the next function has no use for.
+    getLogger("bitsandbytes").setLevel("ERROR")
     read_llama_config(config)
     attention.register()
     dtype = compute_dtype(config, device)
@@ -102,12 +106,27 @@ def load_llama(config: ModelConfig, device: torch.device, place: bool = True) ->
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"model.path={config.path}: weights do not load ({first_line})") from None
+    if config.bits == 4:
+        _compute_as_told(model, dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
     if config.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model.eval()
+
+
+def _compute_as_told(model: Any, dtype: torch.dtype) -> None:
+    """Keep float32 computation in float32.
+
+    On a CPU with AVX512-BF16, bitsandbytes silently repacks 4-bit weights in evaluation mode and multiplies in bfloat16
+    whatever the compute dtype: answers would then differ from training's and from other machines'.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = dtype == torch.bfloat16 and module.support_avx512bf16_for_cpu
 
 
 def attach_lora(model: LlamaForCausalLM, config: LoraConfig, base: str) -> PeftModel:
@@ -135,7 +154,9 @@ def attach_lora(model: LlamaForCausalLM, config: LoraConfig, base: str) -> PeftM
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    adapted = peft.get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's own call
+        adapted = peft.get_peft_model(model, settings)
     assert isinstance(adapted, peft.PeftModel)
     return adapted
 

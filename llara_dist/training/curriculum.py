@@ -15,46 +15,41 @@ import numpy as np
 from llara_dist.config import CurriculumConfig
 from llara_dist.hashing import text_seed, uniform
 
-Schedule = Callable[[float], float]
-"""Share of the run that is done, in [0, 1) → probability that a sample is hybrid."""
-
-
-def make_schedule(config: CurriculumConfig) -> Schedule:
-    """The schedule by its name; see `CurriculumConfig` for the formulas."""
-    schedules: dict[str, Schedule] = {
-        "linear": lambda done: done,
-        "two_stage": lambda done: 0.0 if done < config.switch else 1.0,
-        "constant": lambda done: config.probability,
-        "cosine": lambda done: 0.5 * (1.0 - math.cos(math.pi * done)),
-        "sqrt": math.sqrt,
-    }
-    return schedules[config.schedule]
+SCHEDULES: dict[str, Callable[[float, CurriculumConfig], float]] = {
+    "linear": lambda done, config: done,
+    "two_stage": lambda done, config: 0.0 if done < config.switch else 1.0,
+    "constant": lambda done, config: config.probability,
+    "cosine": lambda done, config: 0.5 * (1.0 - math.cos(math.pi * done)),
+    "sqrt": lambda done, config: math.sqrt(done),
+}
+"""By name: (share of the run that is done, in [0, 1); settings) → probability that a sample is hybrid."""
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """p(τ) and the draws.
+    """p(τ) and the draws; plain values, so that reader processes can hold it.
 
     Attributes:
-        schedule: done share → probability.
+        config: which schedule, and its settings.
         horizon: T, optimizer steps of the whole run.
         seed: the run's seed.
     """
 
-    schedule: Schedule
+    config: CurriculumConfig
     horizon: int
     seed: int
 
     def probability(self, step: int) -> float:
         """p at optimizer step τ = `step`, 0-based: p(0) is the schedule's start."""
-        return self.schedule(step / self.horizon)
+        return SCHEDULES[self.config.schedule](step / self.horizon, self.config)
 
-    def draw(self, step: int, keys: np.ndarray) -> np.ndarray:
+    def draw(self, step: int, keys: np.ndarray, passes: np.ndarray | None = None) -> np.ndarray:
         """Whether each sample of a step is hybrid: u(seed, step, key) < p(step).
 
         Args:
             step: optimizer step.
             keys: uint64 [n].
+            passes: not used; a step holds a key once.
 
         Returns:
             bool [n].

@@ -2,8 +2,10 @@
 
 Stage 0 keeps torch's own state per parameter. Stages 1 and 2 hold flat fp32 partitions, each parameter mapped to its
 fragment (`param._hp_mapping`). Stage 3 holds flat sub-groups of each parameter's local partition
-(`optimizer.grad_position`). Reading goes through DeepSpeed's documented accessors; writing fills the local fragments,
-because `safe_set_full_*` fails under stage 3 where a tensor's size is not divisible by the world size.
+(`optimizer.grad_position`). DeepSpeed's `safe_get_full_optimizer_state` and `safe_set_full_*` are not used where they
+fail: under stages 1 and 2 they see only the first parameter group's moments (they are linked after the first group's
+step, before the second group has any), and under stage 3 they cannot set a tensor whose size is not divisible by the
+world size.
 """
 
 from __future__ import annotations
@@ -44,8 +46,6 @@ def read_moments(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[st
 
     A collective under ZeRO: every rank calls it. Empty before the first step.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     inner = _inner(optimizer)
     if not inner.state:
         return {}
@@ -53,8 +53,8 @@ def read_moments(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[st
     for name, parameter in parameters.items():
         stage = _stage(parameter)
         for key in MOMENTS:
-            whole = inner.state[parameter][key] if stage == 0 else safe_get_full_optimizer_state(parameter, key)
-            assert whole is not None
+            local = inner.state[_flat(optimizer, parameter, stage)][key]
+            whole = _read_whole(parameter, stage, local, key)
             moments[f"{key}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
         moments[f"step/{name}"] = torch.tensor(float(_step_count(optimizer, inner, parameter, stage)))
     return moments
@@ -74,6 +74,25 @@ def _flat(optimizer: Any, parameter: nn.Parameter, stage: int) -> Tensor:
         if any(member is parameter for member in group):
             return flat
     raise KeyError("parameter is in no group of the optimizer")
+
+
+def _read_whole(parameter: nn.Parameter, stage: int, local: Tensor, key: str) -> Tensor:
+    """One moment in the parameter's shape, from every rank's part of it."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if stage == 0:
+        return local
+    if stage == 3:
+        whole = safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None
+        return whole
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    mapping: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    if mapping is not None:
+        target, source = mapping.lp_fragment_address, mapping.hp_fragment_address
+        whole.narrow(0, target.start, target.numel).copy_(local.narrow(0, source.start, source.numel))
+    torch.distributed.all_reduce(whole)
+    return whole.view_as(parameter)
 
 
 def write_moments(optimizer: Any, parameters: dict[str, nn.Parameter], moments: dict[str, Tensor]) -> None:

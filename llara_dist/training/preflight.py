@@ -50,16 +50,10 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     check_language_model(config, shards)
     item_table = load_item_table(config.recommender.path)
     check_recommender(config, shards, item_table)
-    check_world(world.size, config.data.global_batch_samples)
-    plan = Plan.of(shards, seed=config.seed, global_batch=config.data.global_batch_samples, epochs=config.data.epochs)
-    longest = int(shards.tokens.max())
-    if longest > config.data.max_tokens_per_microbatch:
-        raise InputError(
-            f"data.max_tokens_per_microbatch={config.data.max_tokens_per_microbatch}: the longest row of "
-            f"{config.data.shards} has {longest} tokens; raise the budget or build shards with shorter rows"
-        )
+    check_world(shards, config.data.global_batch_samples, world.size, config.data.max_tokens_per_microbatch)
+    plan = Plan(shards, config.seed, config.data.global_batch_samples, config.data.epochs)
     checkpoint = newest_checkpoint(config.out / "checkpoints") if config.resume == "auto" else None
-    if config.resume == "no" and config.out.exists() and any(config.out.iterdir()):
+    if config.resume == "no" and any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         raise InputError(f"{config.out}: holds a run already; choose another --out, or go on with --resume auto")
     total = min(plan.num_steps, config.data.max_steps) if config.data.max_steps else plan.num_steps
     return Inputs(shards, plan, item_table, ds_config, checkpoint, total)
@@ -95,10 +89,10 @@ def check_recommender(config: RunConfig, shards: ShardSet, item_table: ItemTable
         InputError: it was not.
     """
     trained_on = item_table.dataset_hash
-    if trained_on is not None and trained_on != shards.info["dataset_hash"]:
+    if trained_on is not None and trained_on != shards.info["dataset"]["hash"]:
         raise InputError(
             f"recommender.path={config.recommender.path}: trained on data set {trained_on[:12]}, {config.data.shards} "
-            f"was built from {shards.info['dataset_hash'][:12]}; train the recommender on the same dataset folder"
+            f"was built from {shards.info['dataset']['hash'][:12]}; train the recommender on the same dataset folder"
         )
     if item_table.weight.shape[0] != shards.info["num_items"]:
         raise InputError(

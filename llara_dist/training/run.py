@@ -17,7 +17,7 @@ from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.model.llama import base_fingerprint
 from llara_dist.stream.loader import StepLoader
 from llara_dist.training.checkpoint import Checkpoint, load_moments, load_parameters, save_checkpoint
-from llara_dist.training.curriculum import Curriculum, make_schedule
+from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine, zero_stage
 from llara_dist.training.preflight import Inputs
 from llara_dist.training.schedule import learning_rate
@@ -141,7 +141,7 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
     engine = Engine(model, inputs.ds_config, config.optimizer, device, world, config.seed)
     if inputs.checkpoint is not None:
         load_moments(engine, inputs.checkpoint)
-    curriculum = Curriculum(make_schedule(config.curriculum), inputs.total_steps, config.seed)
+    curriculum = Curriculum(config.curriculum, inputs.total_steps, config.seed)
     first_step = inputs.checkpoint.step if inputs.checkpoint is not None else 0
     loader = StepLoader(
         inputs.shards,
@@ -153,5 +153,6 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
         first_step=first_step,
         last_step=inputs.total_steps,
         num_workers=config.data.workers,
+        pin_memory=device.type == "cuda",
     )
     return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, contract)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from llara_dist.config import CurriculumConfig
-from llara_dist.training.curriculum import Curriculum, make_schedule
+from llara_dist.training.curriculum import SCHEDULES, Curriculum
 from llara_dist.training.schedule import learning_rate
 
 
 def curriculum(horizon: int = 100, seed: int = 0, **settings) -> Curriculum:
-    return Curriculum(make_schedule(CurriculumConfig(**settings)), horizon, seed)
+    return Curriculum(CurriculumConfig(**settings), horizon, seed)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,21 @@ def test_learning_rate_warms_up_and_falls_to_the_floor() -> None:
 def test_learning_rate_of_the_shortest_runs_is_within_bounds(total: int) -> None:
     for step in range(total):
         assert 0.01 <= learning_rate(step, total, 1.0, 0.05, 0.01) <= 1.0
+
+
+def test_every_schedule_of_the_config_exists_and_stays_a_probability() -> None:
+    import typing
+
+    names = typing.get_args(typing.get_type_hints(CurriculumConfig)["schedule"])
+    assert set(names) == set(SCHEDULES)
+    for name in names:
+        made = curriculum(schedule=name)
+        assert all(0.0 <= made.probability(step) <= 1.0 for step in range(100))
+
+
+def test_reader_processes_can_hold_it() -> None:
+    import pickle
+
+    made = curriculum()
+    keys = np.arange(10, dtype=np.uint64)
+    assert np.array_equal(pickle.loads(pickle.dumps(made)).draw(50, keys), made.draw(50, keys))

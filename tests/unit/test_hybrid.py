@@ -179,3 +179,12 @@ def test_unknown_lora_target(random_llama: Path) -> None:
             CPU,
             0,
         )
+
+
+def test_evaluation_computes_in_float32_as_training_does(random_llama: Path) -> None:
+    model = build(random_llama, bits=4)
+    batch = collate([make_sample(0), make_sample(1)], [True, False])
+    with torch.no_grad():
+        trained = model.train().answer_logits(batch)
+        evaluated = model.eval().answer_logits(batch)
+    torch.testing.assert_close(evaluated, trained, rtol=1e-6, atol=1e-6)
