@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -115,27 +114,28 @@ class Debugger:
         self._out = config.out / "debug"
         self._device = device
         self._tokenizer = load_tokenizer(config.model.path)
-        self._started = time.perf_counter()
+        self._shown: set[bool] = set()
         torch.autograd.set_detect_anomaly(True)
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def before(self, step: Step) -> None:
-        """Show the step's micro-batches; at the first one also a sample, and dump the batch."""
+        """Show the step's micro-batches, the first text-only and the first hybrid sample; dump the first batch."""
         rows = [
             (i, len(b.keys), len(b.tokens), len(b.slot_positions), len(b.unique_items), len(b.labels), b.max_seqlen)
             for i, b in enumerate(step.microbatches)
         ]
         columns = ["micro-batch", "samples", "tokens", "slots", "distinct items", "labels", "longest"]
         table(f"step {step.index}: {step.samples} samples, {step.hybrid_samples} hybrid", columns, rows)
-        if step.index > 0:
-            return
-        batch = step.microbatches[0]
-        for index in sorted({0, int(batch.hybrid.to(torch.int64).argmax())}):
-            text, labels = describe_sample(batch, index, self._tokenizer)
-            form = "hybrid" if bool(batch.hybrid[index]) else "text-only"
-            say(f"sample key {int(batch.keys[index])} ({form}):\n{text}\nlabels:\n  " + "\n  ".join(labels))
-        dump_batch(batch, self._out / "first_batch.safetensors")
-        say(f"first batch written to {self._out / 'first_batch.safetensors'}")
+        for batch in step.microbatches:
+            for index, hybrid in enumerate(batch.hybrid.tolist()):
+                if hybrid not in self._shown:
+                    self._shown.add(hybrid)
+                    text, labels = describe_sample(batch, index, self._tokenizer)
+                    form = "hybrid" if hybrid else "text-only"
+                    say(f"sample key {int(batch.keys[index])} ({form}):\n{text}\nlabels:\n  " + "\n  ".join(labels))
+        if step.index == 0:
+            dump_batch(step.microbatches[0], self._out / "first_batch.safetensors")
+            say(f"first batch written to {self._out / 'first_batch.safetensors'}")
 
     def after(self, step: Step, result: StepResult, seconds: float) -> None:
         """Show time, memory and loss; stop at a loss that is not finite.

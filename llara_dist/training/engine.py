@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        # DeepSpeed's own calls, of which it says nothing that a user could act on.
+        warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
         self.model = model
         self.device = device
         self.world = world
