@@ -316,10 +316,15 @@ def load_dataset(path: Path, verify: bool = True) -> Dataset:
     log = tables["interactions.parquet"]
     users, items_seen = log["user"].to_numpy(), log["item"].to_numpy()
     _check_items(path / "interactions.parquet", "item", items_seen, num_items)
+    if len(users) and users.min() < 0:
+        raise InputError(f"{path / 'interactions.parquet'}: user {users.min()}; user ids start at 0")
+    titles = items["title"].to_pylist()
+    if not all(titles):
+        raise InputError(f"{path / 'items.parquet'}: the title of item {titles.index('')} is empty")
     return Dataset(
         path=path,
         info=info,
-        titles=items["title"].to_pylist(),
+        titles=titles,
         candidates=_read_candidates(path / "candidates.parquet", tables["candidates.parquet"], splits, num_items, info),
         interactions=(users, items_seen),
         **splits,
@@ -357,6 +362,8 @@ def _read_table(file: Path) -> pa.Table:
         )
         if not same:
             raise InputError(f"{file}: column {column!r} is {found or 'missing'}, expected {kind}")
+        if table[column].null_count and column != "user":
+            raise InputError(f"{file}: column {column!r} has {table[column].null_count} null values, expected none")
     return table.combine_chunks()
 
 

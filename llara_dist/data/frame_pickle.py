@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 from io import BytesIO
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class _Array(_StandIn):
         if not isinstance(dtype, _Dtype) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise _Unreadable("an array without a plain dtype and shape")
         plain = dtype.numpy()
-        if plain == object:
+        if plain.kind == "O":
             if not isinstance(data, list) or len(data) != prod(shape):
                 raise _Unreadable("an array of objects whose length does not match its shape")
             out = np.empty(len(data), dtype=object)
@@ -111,6 +112,77 @@ class _Array(_StandIn):
         if not isinstance(data, bytes | bytearray) or len(data) != prod(shape) * plain.itemsize:
             raise _Unreadable("an array whose bytes do not match its shape")
         return np.frombuffer(bytes(data), dtype=plain).reshape(shape, order="F" if fortran else "C")
+
+
+class _StringArray(_StandIn):
+    """pandas 3's column names without pyarrow: state (dtype, array of objects)."""
+
+    __slots__ = ()
+
+    def texts(self) -> list[str]:
+        """The texts this stands for."""
+        arrays = [part for part in self.state or () if isinstance(part, _Array)]
+        if len(arrays) != 1:
+            raise _Unreadable("column names of an unknown form")
+        return [str(name) for name in arrays[0].numpy()]
+
+
+class _ArrowStringArray(_StandIn):
+    """pandas 3's column names with pyarrow: one array of large strings, offsets and bytes."""
+
+    __slots__ = ()
+
+    def texts(self) -> list[str]:
+        """The texts this stands for."""
+        try:
+            (_, length, nulls, start, (_, offsets, data), *_) = self.state["_pa_array"].args[0]
+            ends = np.frombuffer(_buffer(offsets), dtype="<i8")[start : start + length + 1].tolist()
+            raw = _buffer(data)
+            if nulls or len(ends) != length + 1:
+                raise ValueError
+            return [raw[begin:end].decode() for begin, end in pairwise(ends)]
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise _Unreadable("column names of an unknown form") from None
+
+
+class _ArrowPart(_StandIn):
+    __slots__ = ()
+
+
+class _Bytes(_StandIn):
+    """builtins.bytearray(bytes), from protocols that have no opcode for it."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], bytes):
+            return args[0]
+        raise _Unreadable("a byte array of an unknown form")
+
+
+def _buffer(part: Any) -> bytes:
+    """The bytes of pyarrow's `py_buffer(bytes)`."""
+    return bytes(part.args[0])
+
+
+class _Encode(_StandIn):
+    """`_codecs.encode(text, "latin1")`, the bytes of protocols before 3."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args: Any) -> Any:
+        if len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1":
+            return args[0].encode("latin-1")
+        raise _Unreadable("bytes of an unknown form")
+
+
+class _NdarrayBacked(_StandIn):
+    __slots__ = ()
+
+    def __new__(cls, *args: Any) -> Any:
+        if not args or args[0] is not _StringArray:
+            raise _Unreadable("a column that is no plain numpy array")
+        return _StringArray()
 
 
 class _Reconstruct(_StandIn):
@@ -147,6 +219,14 @@ def _as_objects(values: list[Any]) -> np.ndarray:
 
 _ALLOWED: dict[tuple[str, str], type] = {
     ("pandas.core.frame", "DataFrame"): _Frame,
+    ("pandas", "DataFrame"): _Frame,
+    ("pandas", "Index"): _Index,
+    ("pandas", "RangeIndex"): _RangeIndex,
+    ("pandas", "StringDtype"): _StandIn,
+    ("pandas.arrays", "StringArray"): _StringArray,
+    ("pandas.arrays", "ArrowStringArray"): _ArrowStringArray,
+    ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): _NdarrayBacked,
+    **{("pyarrow.lib", name): _ArrowPart for name in ("_restore_array", "type_for_alias", "py_buffer")},
     ("pandas.core.internals.managers", "BlockManager"): _Manager,
     ("pandas.core.internals", "BlockManager"): _Manager,
     ("pandas._libs.internals", "_unpickle_block"): _Block,
@@ -157,6 +237,8 @@ _ALLOWED: dict[tuple[str, str], type] = {
     ("pandas.core.indexes.range", "RangeIndex"): _RangeIndex,
     ("builtins", "slice"): _Slice,
     ("__builtin__", "slice"): _Slice,
+    ("builtins", "bytearray"): _Bytes,
+    ("_codecs", "encode"): _Encode,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     **{
@@ -261,4 +343,6 @@ def _index_values(index: Any) -> list[str]:
         data = index.args[1].get("data")
         if isinstance(data, _Array):
             return [str(name) for name in data.numpy()]
+        if isinstance(data, _StringArray | _ArrowStringArray):
+            return data.texts()
     raise _Unreadable("column names of an unknown form")

@@ -42,7 +42,7 @@ def read_llara(
     Raises:
         InputError: a file is missing, its pickle is refused or of an unknown form, or a row is inconsistent.
     """
-    titles = _read_titles(raw)
+    titles, item_ids = _read_titles(raw)
     counts: dict[str, int] = {}
     splits: dict[str, Rows] = {}
     first_key = 0
@@ -67,15 +67,18 @@ def read_llara(
         )
         first_key += len(targets)
     none = np.zeros(0, dtype=np.int32)
-    log = Log(users=none, items=none, timestamps=none.astype(np.int64), titles=titles, domain=domain)
+    log = Log(users=none, items=none, timestamps=none.astype(np.int64), titles=titles, domain=domain, item_ids=item_ids)
     return log, splits, counts
 
 
-def _read_titles(raw: Path) -> list[str]:
+def _read_titles(raw: Path) -> tuple[list[str], list[str]]:
+    """Raw titles and what the title list calls the items, by item id."""
     if (raw / "id2name.txt").is_file():
-        return read_id2name(raw / "id2name.txt")
+        titles = read_id2name(raw / "id2name.txt")
+        return titles, [str(item) for item in range(len(titles))]
     if (raw / "u.item").is_file():
-        return read_u_item(raw / "u.item")
+        titles = read_u_item(raw / "u.item")
+        return titles, [str(item + 1) for item in range(len(titles))]
     raise InputError(f"{raw}: has neither id2name.txt (id::title) nor u.item; the titles are needed")
 
 
@@ -93,10 +96,9 @@ def read_id2name(path: Path) -> list[str]:
         raise InputError(f"{path}: line {line}: not UTF-8; convert the file") from None
     titles: dict[int, str] = {}
     for number, line in enumerate(text.split("\n"), start=1):  # a title may hold other Unicode line breaks
-        line = line.rstrip("\r")
-        if not line and number > 1:
+        if not line.strip() and number > 1:
             continue
-        item, separator, title = line.partition("::")
+        item, separator, title = line.rstrip("\r").partition("::")
         if not separator or not item.strip().isdecimal():
             raise InputError(f"{path}: line {number}: expected 'id::title', found {line[:60]!r}")
         if int(item) in titles:
@@ -155,9 +157,8 @@ def _ids(path: Path, column: str, values: np.ndarray, width: bool) -> np.ndarray
         else:
             flat = [_first(value)]
         if not flat or not all(type(entry) is int and abs(entry) < 2**31 for entry in flat):
-            raise InputError(
-                f"{path}: row {row}: {column} is {str(value)[:60]!r}, expected {'a list of ' * width}item ids"
-            )
+            expected_form = "a list of item ids, as long as the others" if width else "a whole number or (item, rating)"
+            raise InputError(f"{path}: row {row}: {column} is {str(value)[:60]!r}, expected {expected_form}")
         ids.append(flat if width else flat[0])
     if width:
         return np.array(ids, dtype=np.int64).reshape(len(ids), expected or 0)

@@ -161,8 +161,9 @@ def _show(info: dict[str, Any], out: Path) -> None:
     titles, events = found["titles"], found["events"]
     say(
         f"titles: {titles['years_dropped']} years dropped, {titles['articles_moved']} articles moved, "
-        f"{titles['empty_or_unknown']} empty or unknown, {titles['collisions']} colliding "
-        f"({titles['told_apart_by_year']} told apart by year, {titles['told_apart_by_number']} by number)"
+        f"{titles['empty_or_unknown']} empty or unknown, {titles['collisions']} colliding in "
+        f"{titles['colliding_groups']} groups, of which {titles['told_apart_by_year']} told apart by year, "
+        f"{titles['told_apart_by_number']} by number"
     )
     if events["events"]:
         say(

@@ -81,10 +81,10 @@ class Recipe:
     domain: Literal["movie", "game", "artist"]
     """Which prompt templates fit."""
     source: Source
-    titles: TitleRules = TitleRules()
-    filters: FilterRules = FilterRules()
-    sequences: SequenceRules = SequenceRules()
-    candidates: CandidateRules = CandidateRules()
+    titles: TitleRules = field(default_factory=TitleRules)
+    filters: FilterRules = field(default_factory=FilterRules)
+    sequences: SequenceRules = field(default_factory=SequenceRules)
+    candidates: CandidateRules = field(default_factory=CandidateRules)
 
     def as_json(self) -> dict[str, Any]:
         """The recipe with its defaults filled in, as a JSON object."""

@@ -164,7 +164,7 @@ def _where(path: Path, row: int, encoding: str) -> str:
     if path.suffix == ".parquet":
         return f"row {row}"
     try:
-        with open(path, encoding=encoding, newline="") as file:
+        with open(path, encoding=encoding, errors="replace", newline="") as file:
             reader = csv.reader(file, delimiter=_separator(path))
             begins, record = 1, -1
             for fields in reader:
@@ -173,7 +173,7 @@ def _where(path: Path, row: int, encoding: str) -> str:
                         return f"line {begins}"
                     record += 1
                 begins = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError):
+    except csv.Error:
         pass
     return f"record {row + 1}"
 
@@ -204,7 +204,9 @@ def _read_columns(path: Path, columns: list[str], encoding: str) -> pl.DataFrame
 
 
 def _header(path: Path, encoding: str) -> list[str]:
-    with open(path, encoding="utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding, newline="") as file:
+    # Undecodable bytes are left for the reader of the rows, which names the line.
+    codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+    with open(path, encoding=codec, errors="replace", newline="") as file:
         return next((fields for fields in csv.reader(file, delimiter=_separator(path)) if fields), [])
 
 

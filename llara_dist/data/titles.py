@@ -50,6 +50,8 @@ class TitleReport:
     """Titles without content, now "Unknown <domain> <id>"."""
     collisions: int
     """Titles that equalled another one (in any case) after cleaning, each member counted."""
+    colliding_groups: int
+    """How many different titles those share."""
     told_apart_by_year: int
     told_apart_by_number: int
     examples: list[str] = field(default_factory=list)
@@ -132,6 +134,7 @@ def clean_titles(
         articles_moved=moved,
         empty_or_unknown=unknown,
         collisions=sum(size for size in sizes.values() if size > 1),
+        colliding_groups=sum(size > 1 for size in sizes.values()),
         told_apart_by_year=by_year,
         told_apart_by_number=by_number,
         examples=examples,
