@@ -14,13 +14,13 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import train_all
 from tests.runs import run_config
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
 def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NF4 + LoRA + projector at dropout 0, 60 steps over an epoch's end, four stages on one and on two ranks."""
+    """NF4 + LoRA + projector at dropout 0, 60 steps over an epoch's end, every ds_config on one and on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     for size in (1, 2):
         configs = [run_config(inputs, folder / f"{stage}-{size}", stage, max_steps=STEPS) for stage in STAGES]
