@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llara_dist.data.exclusions import row_exclusions, touched_items
 from llara_dist.data.log import Log
+from llara_dist.data.rows import Rows
 from llara_dist.errors import InputError
 from llara_dist.integrity import read_json, sha256_file, sha256_json, staged_folder, write_json
 
@@ -35,34 +37,6 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "test.parquet": {"key": pa.uint64(), "user": pa.int32(), "history": _INT_LIST, "target": pa.int32()},
     "candidates.parquet": {"key": pa.uint64(), "split": pa.string(), "candidates": _INT_LIST},
 }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One split, columnar: row r asks for `targets[r]` after `history(r)`."""
-
-    keys: np.ndarray
-    """uint64 [n], unique over all splits."""
-    users: np.ndarray
-    """int32 [n], -1 where the user is not known."""
-    offsets: np.ndarray
-    """int64 [n + 1] into `items`."""
-    items: np.ndarray
-    """int32 [sum of history lengths], oldest first."""
-    targets: np.ndarray
-    """int32 [n]."""
-
-    def history(self, row: int) -> np.ndarray:
-        """The row's history items, int32, oldest first."""
-        return self.items[self.offsets[row] : self.offsets[row + 1]]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """History lengths, int64 [n]."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -133,40 +107,6 @@ class Dataset:
         rows = self.rows(split)
         stop = len(rows) if stop is None else min(stop, len(rows))
         return row_exclusions(rows, *self.touched, start=start, stop=stop)
-
-
-def touched_items(users: np.ndarray, items: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each user ever touched: CSR by user (offsets int64 [users + 1], items int32, sorted, no repeats)."""
-    pairs = np.unique(users.astype(np.int64) * num_items + items)
-    num_users = int(users.max()) + 1 if len(users) else 0
-    counts = np.bincount(pairs // num_items, minlength=num_users)
-    return np.concatenate([[0], counts.cumsum()]).astype(np.int64), (pairs % num_items).astype(np.int32)
-
-
-def row_exclusions(
-    rows: Rows, touched_offsets: np.ndarray, touched_items: np.ndarray, start: int, stop: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The CSR of `Dataset.exclusions` from a CSR by user (offsets int64 [users + 1], items int32)."""
-    users = rows.users[start:stop].astype(np.int64)
-    known = users >= 0
-    safe = np.where(known, users, 0)
-    begins = np.concatenate([touched_offsets, [0, 0]])[safe]  # padded so that no users at all is no special case
-    touched = np.where(known, np.concatenate([touched_offsets, [0, 0]])[safe + 1] - begins, 0)
-    windows = rows.lengths[start:stop]
-    lengths = touched + windows + 1
-    offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    items = np.empty(int(offsets[-1]), dtype=np.int32)
-    items[ranges(offsets[:-1], touched)] = touched_items[ranges(begins, touched)]
-    items[ranges(offsets[:-1] + touched, windows)] = rows.items[rows.offsets[start] : rows.offsets[stop]]
-    items[offsets[1:] - 1] = rows.targets[start:stop]
-    return offsets, items
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate arange(start, start + length) for each pair, int64."""
-    total = int(lengths.sum())
-    ends = lengths.cumsum()
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def write_dataset(

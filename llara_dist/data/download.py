@@ -134,9 +134,9 @@ def fetch(url: str, part: Path, md5: str, max_bytes: int, attempts: int = 5, pau
         if not complete:
             failures = 0 if size > resumed_at else failures + 1
             if failures >= attempts:
+                kept = f"; {size} bytes are kept in {part}, run again to resume" if size else ""
                 raise InputError(
-                    f"{url}: the transfer broke {failures} times ({problem or 'connection closed early'}); "
-                    f"{size} bytes are kept in {part}, run again to resume"
+                    f"{url}: the transfer broke {failures} times ({problem or 'connection closed early'}){kept}"
                 )
             time.sleep(pause_seconds * 2**failures if failures else 0)
             continue

@@ -56,9 +56,9 @@ def filter_log(log: Log, rules: FilterRules) -> tuple[Log, dict[str, int]]:
         counts["repeated_events_left_out"] = int(repeated.sum())
         used &= ~repeated
     if rules.min_user_events > 1 or rules.min_item_events > 0:
-        before_users, before = len(np.unique(log.users[used])), int(used.sum())
+        before_users, before = _num_users(log, used), int(used.sum())
         used = _core(log, used, rules)
-        counts["users_left_out"] = before_users - len(np.unique(log.users[used]))
+        counts["users_left_out"] = before_users - _num_users(log, used)
         counts["events_left_out_by_core"] = before - int(used.sum())
     log = replace(log, used=used)
     if rules.min_item_events > 0:
@@ -78,6 +78,10 @@ def _seen_before(counted: np.ndarray, *columns: np.ndarray) -> np.ndarray:
     seen = np.zeros(len(counted), dtype=bool)
     seen[order[1:][equal]] = True
     return seen
+
+
+def _num_users(log: Log, used: np.ndarray) -> int:
+    return int(np.bincount(log.users[used]).astype(bool).sum())
 
 
 def _core(log: Log, used: np.ndarray, rules: FilterRules) -> np.ndarray:

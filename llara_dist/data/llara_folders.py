@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from llara_dist.data.dataset import SPLITS, Rows
+from llara_dist.data.dataset import SPLITS
 from llara_dist.data.frame_pickle import read_frame
 from llara_dist.data.log import Log
 from llara_dist.data.movielens import read_u_item
+from llara_dist.data.rows import Rows
 from llara_dist.errors import InputError
 
 FILES = {"train": "train_data.df", "val": "Val_data.df", "test": "Test_data.df"}

@@ -10,12 +10,14 @@ import numpy as np
 from llara_dist.console import say, table
 from llara_dist.data.audit import audit
 from llara_dist.data.candidates import draw_candidates
-from llara_dist.data.dataset import SPLITS, Rows, row_exclusions, touched_items, write_dataset
+from llara_dist.data.dataset import SPLITS, write_dataset
+from llara_dist.data.exclusions import row_exclusions, touched_items
 from llara_dist.data.filters import filter_log
 from llara_dist.data.llara_folders import FILES, NOTE, read_llara
 from llara_dist.data.log import Log
 from llara_dist.data.movielens import read_movielens
 from llara_dist.data.recipes import LlaraSource, MovieLensSource, Recipe, SyntheticSource, find_recipe, load_recipe
+from llara_dist.data.rows import Rows
 from llara_dist.data.sequences import make_sequences
 from llara_dist.data.tables import TableSource, read_tables
 from llara_dist.data.titles import clean_titles
@@ -55,7 +57,7 @@ def prepare_dataset(recipe: Recipe, out: Path, raw: Path | None = None) -> dict[
     log, splits, counts, notes = _read(recipe, raw)
     titles, title_report = clean_titles(log.titles, recipe.titles, recipe.domain, log.item_ids)
     log = Log(**{**vars(log), "titles": titles})
-    candidates = {name: _frozen_candidates(log, splits[name], recipe) for name in ("val", "test")}
+    candidates = _frozen_candidates(log, splits, recipe)
     found = audit(log, splits, title_report, recipe.sequences.max_history)
     info = write_dataset(
         out,
@@ -130,10 +132,17 @@ def _synthetic(source: SyntheticSource, domain: str) -> Log:
     )
 
 
-def _frozen_candidates(log: Log, rows: Rows, recipe: Recipe) -> np.ndarray:
-    offsets, items = row_exclusions(rows, *touched_items(log.users, log.items, log.num_items), 0, len(rows))
+def _frozen_candidates(log: Log, splits: dict[str, Rows], recipe: Recipe) -> dict[str, np.ndarray]:
+    touched = touched_items(log.users, log.items, log.num_items)
     rules = recipe.candidates
-    return draw_candidates(rows.keys, rows.targets, offsets, items, log.num_items, rules.count, rules.seed, draw=0)
+    drawn = {}
+    for name in ("val", "test"):
+        rows = splits[name]
+        offsets, items = row_exclusions(rows, *touched, 0, len(rows))
+        drawn[name] = draw_candidates(
+            rows.keys, rows.targets, offsets, items, log.num_items, rules.count, rules.seed, draw=0
+        )
+    return drawn
 
 
 def _show(info: dict[str, Any], out: Path) -> None:

@@ -178,7 +178,7 @@ def _convert(kind: Any, value: Any, file: str, where: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise InputError(f"{file}: {where} must be a mapping, found {_show(value)}")
         return value
-    accepted = (int, float) if kind is float else (kind,)
+    accepted: Any = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{file}: {where} must be {_KIND_NAMES[kind]}, found {_show(value)}")
     return float(value) if kind is float else value

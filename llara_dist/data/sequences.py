@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from llara_dist.data.dataset import SPLITS, Rows, ranges
+from llara_dist.data.dataset import SPLITS
 from llara_dist.data.log import Log
+from llara_dist.data.rows import Rows, ranges
 from llara_dist.errors import InputError
 
 
@@ -93,10 +94,12 @@ def make_sequences(log: Log, rules: SequenceRules) -> tuple[dict[str, Rows], dic
             items=items[ranges(chosen - lengths, lengths)],
             targets=items[chosen],
         )
-        counts[f"{name}_users"] = len(np.unique(users[chosen]))
+        counts[f"{name}_users"] = len(np.unique(user_rank[chosen]))
         first_key += len(chosen)
-    with_rows = np.unique(np.concatenate([rows[name].users for name in SPLITS]))
-    counts["users_without_rows"] = len(begins) - len(with_rows)
+    with_rows = np.zeros(int(users.max()) + 1, dtype=bool)
+    for name in SPLITS:
+        with_rows[rows[name].users] = True
+    counts["users_without_rows"] = len(begins) - int(with_rows.sum())
     return rows, counts
 
 

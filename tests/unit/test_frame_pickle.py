@@ -134,15 +134,15 @@ def test_other_ways_in(tmp_path: Path) -> None:
 
 def test_stand_ins_cannot_be_changed(tmp_path: Path) -> None:
     """BUILD on a class would set attributes on it for every later file; setting none is what keeps it inert."""
-    from llara_dist.data import frame_pickle
+    from llara_dist.data import frame_stand_ins
 
-    before = {name: dict(vars(kind)) for name, kind in vars(frame_pickle).items() if isinstance(kind, type)}
+    before = {name: dict(vars(kind)) for name, kind in vars(frame_stand_ins).items() if isinstance(kind, type)}
     frame = (b"\x8c\x06pandas", b"\x8c\x09DataFrame", b"\x93")
     state = b"N}\x8c\x0b__reduce__X\x8c\x01xs\x86b."
     _refused(tmp_path / "x.df", b"\x80\x04" + b"".join(frame) + state, "not a readable pickle")
     state = b"}\x8c\x01a\x8c\x01xsb."
     _refused(tmp_path / "x.df", b"\x80\x04" + b"".join(frame) + state, "not a readable pickle")
-    after = {name: dict(vars(kind)) for name, kind in vars(frame_pickle).items() if isinstance(kind, type)}
+    after = {name: dict(vars(kind)) for name, kind in vars(frame_stand_ins).items() if isinstance(kind, type)}
     assert after == before
 
 
