@@ -28,6 +28,15 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 DOMAINS = ("movie", "game", "artist")
 
+_INFO_FIELDS = {
+    "hash": str,
+    "domain": str,
+    "max_history": int,
+    "min_history": int,
+    "num_candidates": int,
+    "files": dict,
+    "counts": dict,
+}
 _INT_LIST = pa.list_(pa.int32())
 _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "items.parquet": {"item_id": pa.int32(), "title": pa.string()},
@@ -239,9 +248,15 @@ def load_dataset(path: Path, verify: bool = True) -> Dataset:
             f"{path / 'dataset.json'}: format_version {info.get('format_version')!r}, this release reads "
             f"{FORMAT_VERSION}; run `llara-dist prepare` again"
         )
-    for field in ("hash", "domain", "max_history", "num_candidates", "files", "counts"):
-        if field not in info:
-            raise InputError(f"{path / 'dataset.json'}: field {field!r} is missing; run `llara-dist prepare` again")
+    for field, kind in _INFO_FIELDS.items():
+        if not isinstance(info.get(field), kind):
+            found = f"is {info[field]!r}, no {kind.__name__}" if field in info else "is missing"
+            raise InputError(f"{path / 'dataset.json'}: field {field!r} {found}; run `llara-dist prepare` again")
+    if info["domain"] not in DOMAINS:
+        raise InputError(
+            f"{path / 'dataset.json'}: domain {info['domain']!r}, expected one of {', '.join(DOMAINS)}; run "
+            "`llara-dist prepare` again"
+        )
     if verify:
         _check_hashes(path, info)
     tables = {file: _read_table(path / file) for file in _COLUMNS}
@@ -340,7 +355,7 @@ def _read_rows(file: Path, table: pa.Table, num_items: int, first_key: int, info
     _check_items(file, "history", items, num_items)
     _check_items(file, "target", targets, num_items)
     lengths = np.diff(offsets)
-    shortest = max(1, info.get("min_history", 1))
+    shortest = max(1, info["min_history"])
     wrong = np.flatnonzero((lengths < shortest) | (lengths > info["max_history"]))
     if len(wrong):
         raise InputError(

@@ -12,7 +12,7 @@ from llara_dist.errors import InputError
 
 
 def read_movielens(raw: Path, min_rating: float, drop_first_line: bool) -> Log:
-    """Read a raw MovieLens-100K folder; item id = movie id − 1, user id = raw user id − 1.
+    """Read a raw MovieLens-100K folder; item id = movie id − 1, user ids in the raw ids' order.
 
     Events below `min_rating` are kept but marked unused: they make no sequence, yet the user has seen the film, so
     it must not be drawn as a negative.
@@ -42,14 +42,17 @@ def read_movielens(raw: Path, min_rating: float, drop_first_line: bool) -> Log:
     used = columns["rating"] >= min_rating
     if drop_first_line:
         used[0] = False
+    # In MovieLens-100K users are 1, 2, … without gaps, so this is raw id − 1; a gap must not cost memory.
+    user_ids, users = np.unique(columns["user"], return_inverse=True)
     return Log(
-        users=(columns["user"] - 1).astype(np.int32),
+        users=users.astype(np.int32),
         items=items.astype(np.int32),
         timestamps=columns["timestamp"],
         titles=titles,
         domain="movie",
         used=used,
         item_ids=[str(item + 1) for item in range(len(titles))],
+        user_ids=[str(user) for user in user_ids],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ def prepare_dataset(recipe: Recipe, out: Path, raw: Path | None = None) -> dict[
     """`prepare` with the recipe given as an object."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; remove it or choose another --out")
+    say(f"{recipe.name}: reading {raw or 'the synthetic world'} and cutting windows")
     log, splits, counts, notes = _read(recipe, raw)
     titles, title_report = clean_titles(log.titles, recipe.titles, recipe.domain, log.item_ids)
-    log = Log(**{**vars(log), "titles": titles})
+    log = replace(log, titles=titles)
+    say(f"{recipe.name}: drawing candidates and auditing {sum(map(len, splits.values())):,} rows")
     candidates = _frozen_candidates(log, splits, recipe)
     found = audit(log, splits, title_report, recipe.sequences.max_history)
     info = write_dataset(

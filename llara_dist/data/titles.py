@@ -64,7 +64,8 @@ class TitleReport:
 
 def title_key(title: str) -> str:
     """What two titles must not share: compatibility form, no case, single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", title).casefold().split())
+    folded = unicodedata.normalize("NFKC", title).casefold()  # folding may leave the compatibility form again
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def repair_text(raw: str) -> str:

@@ -165,6 +165,8 @@ def test_dataset_json_damage(tmp_path: Path) -> None:
         ({"format_version": 99}, ("format_version 99",)),
         ({"hash": "0" * 64}, ("'hash'",)),
         ({"files": {}}, ("sha256",)),
+        ({"max_history": "ten"}, ("'max_history' is 'ten', no int",)),
+        ({"domain": "book"}, ("domain 'book'", "movie, game, artist")),
     ):
         path.write_text(json.dumps(info | change))
         _expect(tmp_path / "data", *parts)

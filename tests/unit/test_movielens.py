@@ -22,7 +22,8 @@ def _write(folder: Path, events: str = EVENTS, items: str = ITEMS) -> Path:
 
 def test_reads(tmp_path: Path) -> None:
     log = read_movielens(_write(tmp_path), min_rating=3, drop_first_line=True)
-    assert log.users.tolist() == [4, 4, 5]
+    assert log.users.tolist() == [0, 0, 1]
+    assert log.user_ids == ["5", "6"]
     assert log.items.tolist() == [0, 1, 2]
     assert log.timestamps.tolist() == [100, 101, 102]
     assert log.used is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llara_dist.data.filters import FilterRules, filter_log
 from llara_dist.data.log import Log
@@ -80,6 +82,48 @@ def test_temporal_split_never_trains_on_later_events() -> None:
         inside = [item for time, item in by_user[int(splits["val"].users[row])] if time < 540]
         assert int(splits["val"].targets[row]) == inside[-1]
         assert splits["val"].history(row).tolist() == inside[:-1][-10:]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 7), st.integers(0, 49), st.integers(0, 20), st.booleans()), min_size=20, max_size=90
+    ),
+    st.integers(1, 3),
+    st.integers(3, 5),
+)
+def test_user_split_equals_a_plain_loop(
+    events: list[tuple[int, int, int, bool]], min_history: int, max_history: int
+) -> None:
+    rules = SequenceRules(ratios=(0.5, 0.25, 0.25), min_history=min_history, max_history=max_history)
+    by_user: dict[int, list[tuple[int, int]]] = {}
+    for user, item, time, used in events:
+        if used:
+            by_user.setdefault(user, []).append((time, item))
+    for sequence in by_user.values():
+        sequence.sort(key=lambda event: event[0])  # stable
+    order = sorted(by_user, key=lambda user: (by_user[user][0][0], user))
+    parts = {
+        "train": order[: len(order) // 2],
+        "val": order[len(order) // 2 : len(order) // 2 + len(order) // 4],
+        "test": order[len(order) // 2 + len(order) // 4 :],
+    }
+    expected: dict[str, list] = {}
+    for name, users in parts.items():
+        expected[name] = []
+        for user in users:
+            items = [item for _, item in by_user[user]]
+            for place in range(len(items)) if name == "train" else [len(items) - 1]:
+                if place >= min_history:
+                    expected[name].append((user, items[max(0, place - max_history) : place], items[place]))
+    log = _log([event[:3] for event in events], used=[event[3] for event in events])
+    if not all(expected.values()):
+        with pytest.raises(InputError, match=r"row is left|no event is left"):
+            make_sequences(log, rules)
+        return
+    splits, counts = make_sequences(log, rules)
+    assert {name: _rows(rows) for name, rows in splits.items()} == expected
+    assert counts["users"] == len(order)
 
 
 def test_unused_events_make_no_sequence() -> None:

@@ -55,6 +55,13 @@ def test_film_titles(raw: str, clean: str) -> None:
     assert clean_titles([raw], FILM, "movie")[0] == [clean]
 
 
+@given(st.text(max_size=20))
+def test_key_is_what_the_exact_metric_compares(title: str) -> None:
+    from llara_dist.evaluation.metrics import normalise
+
+    assert title_key(title) == normalise(title)
+
+
 def test_without_rules_only_repairs() -> None:
     titles, report = clean_titles(["Crow, The (1994)", "R&amp;B  Stars\t&#39;99 "], TitleRules(), "artist")
     assert titles == ["Crow, The (1994)", "R&B Stars '99"]
