@@ -24,7 +24,8 @@ import numpy as np
 from llara_dist import console
 from llara_dist.data import shards as form
 from llara_dist.data.candidates import draw_candidates
-from llara_dist.data.dataset import Dataset, Rows, load_dataset, row_exclusions
+from llara_dist.data.dataset import Dataset, load_dataset
+from llara_dist.data.exclusions import row_exclusions
 from llara_dist.data.prompts import (
     DEFAULT_MAX_TITLE_TOKENS,
     PromptEncoder,
@@ -33,6 +34,7 @@ from llara_dist.data.prompts import (
     encode_rows,
     load_templates,
 )
+from llara_dist.data.rows import Rows, ranges
 from llara_dist.data.samples import pack
 from llara_dist.data.tokenizer import load_tokenizer, tokenizer_hash
 from llara_dist.errors import InputError
@@ -87,13 +89,11 @@ def place_rows(keys: np.ndarray, seed: int, pass_index: int) -> np.ndarray:
 def take_rows(rows: Rows, order: np.ndarray) -> Rows:
     """The rows at the given places, in that order."""
     lengths = rows.lengths[order]
-    ends = np.cumsum(lengths)
-    places = np.arange(int(lengths.sum())) + np.repeat(rows.offsets[order] - (ends - lengths), lengths)
     return Rows(
         keys=rows.keys[order],
         users=rows.users[order],
-        offsets=np.concatenate([[0], ends]).astype(np.int64),
-        items=rows.items[places],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items=rows.items[ranges(rows.offsets[order], lengths)],
         targets=rows.targets[order],
     )
 

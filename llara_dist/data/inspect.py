@@ -38,7 +38,7 @@ def inspect_sample(
     info = form.read_shards_info(shards)
     loaded = matching_tokenizer(info, tokenizer)
     found, sample = find_sample(shards, info, key, split, pass_index)
-    titles = shown_titles(shards)
+    titles = shown_titles(shards, info)
     hybrid, text_only = readable(sample, loaded)
     answer = loaded.decode(sample.tokens[sample.answer_start : sample.answer_end].tolist())
     slots = [
@@ -124,13 +124,23 @@ def find_sample(
     raise InputError(f"{shards}: no sample with key {key} in pass {pass_index}; samples there: {counts}")
 
 
-def shown_titles(shards: Path) -> list[str]:
-    """By item id, the titles as the prompts show them (white space tidied, cut at the cap)."""
+def shown_titles(shards: Path, info: dict[str, Any] | None = None) -> list[str]:
+    """By item id, the titles as the prompts show them (white space tidied, cut at the cap).
+
+    Args:
+        shards: shards folder.
+        info: its shards.json, if that has been read.
+
+    Raises:
+        InputError: items.parquet is missing or altered.
+    """
     import pyarrow.parquet as pq
 
+    info = form.read_shards_info(shards) if info is None else info
     path = Path(shards) / form.ITEMS
-    if not path.is_file():
-        raise InputError(f"{path}: missing; rebuild with `llara-dist shards build`")
+    problem = form.file_problem(path, info["items_bytes"], info["items_sha256"])
+    if problem:
+        raise InputError(f"{path}: {problem}; rebuild with `llara-dist shards build`")
     return pq.read_table(path, columns=["shown"])["shown"].to_pylist()
 
 

@@ -65,8 +65,12 @@ class Index:
 
 
 def member_name(pass_index: int, key: int) -> str:
-    """A sample's name in the tar; no dot in the key, since WebDataset groups by what stands before the first dot."""
-    return f"{pass_index:02d}-{key:010d}.msgpack"
+    """A sample's name in the tar.
+
+    No dot in the key, since WebDataset groups by what stands before the first one; "mp" is the ending that its own
+    decoder knows as msgpack.
+    """
+    return f"{pass_index:02d}-{key:010d}.mp"
 
 
 def tar_member(name: str, payload: bytes) -> bytes:

@@ -16,7 +16,9 @@ from llara_dist.data import shards as form
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_bytes
 
-_SHOWN_PROBLEMS = 20
+_SHOWN_FINDINGS = 100
+_SHOWN_SAMPLES = 5
+"""damaged samples listed one by one in a shard; the rest are counted"""
 
 
 def verify(shards: Path, processes: int | None = None) -> dict[str, Any]:
@@ -58,10 +60,10 @@ def verify(shards: Path, processes: int | None = None) -> dict[str, Any]:
     for found in console.progress(_run(jobs, processes), "verify shards", total=len(jobs)):
         problems += found
     if problems:
-        for problem in problems[:_SHOWN_PROBLEMS]:
+        for problem in problems[:_SHOWN_FINDINGS]:
             console.say(problem)
-        if len(problems) > _SHOWN_PROBLEMS:
-            console.say(f"… and {len(problems) - _SHOWN_PROBLEMS} more")
+        if len(problems) > _SHOWN_FINDINGS:
+            console.say(f"… and {len(problems) - _SHOWN_FINDINGS} more")
         raise InputError(f"{shards}: {len(problems)} findings; first: {problems[0]}; rebuild with `shards build`")
     console.say(f"{shards}: {samples:,} samples in {num_shards} shards, all as built")
     return {"shards": str(shards), "ok": True, "samples": samples, "num_shards": num_shards, "hash": info["hash"]}
@@ -86,7 +88,7 @@ def unexpected_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def shard_problems(folder: Path, manifest: dict[str, Any], index: form.Index | None, number: int) -> list[str]:
-    """Findings in one shard: the file's, and if it is damaged each damaged sample's with offset and key."""
+    """Findings in one shard: the file's, and if it is damaged the damaged samples' with offset and key."""
     entry = manifest["shards"][number]
     path = folder / entry["name"]
     problem = form.file_problem(path, entry["bytes"], entry["sha256"])
@@ -94,16 +96,20 @@ def shard_problems(folder: Path, manifest: dict[str, Any], index: form.Index | N
     findings = [] if problem is None else [f"{path}: {problem}"]
     if problem == "missing" or index is None:
         return findings
+    rows = np.flatnonzero(index.shards == number)
+    damaged = []
     with open(path, "rb") as file:
-        rows = np.flatnonzero(index.shards == number)
         for row in rows.tolist():
             file.seek(int(index.offsets[row]))
             wrong = form.payload_problem(file.read(int(index.sizes[row])), int(index.sizes[row]), int(index.crc32[row]))
             if wrong:
-                findings.append(f"{path}: sample at offset {index.offsets[row]}, key {index.keys[row]}: {wrong}")
+                damaged.append(f"{path}: sample at offset {index.offsets[row]}, key {index.keys[row]}: {wrong}")
+    findings += damaged[:_SHOWN_SAMPLES]
+    if len(damaged) > _SHOWN_SAMPLES:
+        findings.append(f"{path}: {len(damaged)} of its {len(rows)} samples are damaged, the first are listed above")
     if len(rows) != entry["samples"]:
         findings.append(f"{path}: the index lists {len(rows)} samples, the manifest {entry['samples']}")
-    if problem is not None and len(findings) == 1:
+    if problem is not None and not damaged:
         findings[0] += " (no sample is affected: the damage is in a tar header or in padding)"
     return findings
 

@@ -1,0 +1,454 @@
+"""Shards: the same bytes on rebuild, plain WebDataset, every damage found, every row the whole string's ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from llara_dist.data.build import build, draw_templates, place_rows
+from llara_dist.data.dataset import load_dataset
+from llara_dist.data.inspect import find_sample, inspect_sample, matching_tokenizer
+from llara_dist.data.prompts import PromptEncoder, load_templates
+from llara_dist.data.samples import unpack
+from llara_dist.data.shards import member_name, read_index, read_manifest, read_shards_info
+from llara_dist.data.tokenizer import load_tokenizer
+from llara_dist.data.verify import verify
+from llara_dist.errors import InputError
+from llara_dist.integrity import sha256_bytes, sha256_json
+from llara_dist.stream.reader import ShardSet
+
+from . import worlds
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    worlds.write_world(root / "data", num_users=40)
+    worlds.byte_level().save_pretrained(root / "tokenizer")
+    make(root, "shards")
+    return root
+
+
+def make(root: Path, name: str, **settings) -> dict:
+    settings = {"passes": 2, "processes": 1, "samples_per_shard": 60, **settings}
+    return build(root / "data", str(root / "tokenizer"), root / name, **settings)
+
+
+@pytest.fixture
+def copy(root, tmp_path) -> Path:
+    shutil.copytree(root / "shards", tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_same_bytes_whatever_the_processes(root):
+    make(root, "again", processes=3)
+    assert files(root / "again") == files(root / "shards")
+
+
+def test_every_row_of_every_pass_is_there_once(root):
+    dataset = load_dataset(root / "data")
+    for split, passes in (("train", 2), ("val", 1), ("test", 1)):
+        shards = ShardSet.open(root / "shards", split)
+        rows = dataset.rows(split)
+        assert shards.num_passes == passes
+        assert len(shards) == passes * len(rows)
+        for number in range(passes):
+            assert sorted(shards.keys[shards.passes == number].tolist()) == rows.keys.tolist()
+        place = {int(key): row for row, key in enumerate(rows.keys)}
+        for sample in shards.read(range(len(shards))):
+            row = place[sample.key]
+            np.testing.assert_array_equal(sample.history, rows.history(row))
+            assert sample.target == rows.targets[row]
+            assert len(set(sample.candidates.tolist())) == 20
+            if split != "train":
+                np.testing.assert_array_equal(sample.candidates, dataset.candidates[split][row])
+            offsets, excluded = dataset.exclusions(split, row, row + 1)
+            assert len(offsets) == 2
+            assert not (set(sample.candidates.tolist()) - {sample.target}) & set(excluded.tolist())
+
+
+def test_every_row_is_the_whole_string(root):
+    check_every_row(root / "data", root / "shards", str(root / "tokenizer"))
+
+
+def check_every_row(data: Path, shards: Path, tokenizer: str) -> int:
+    """Compare each stored row with the tokenisation of its whole text; returns how many."""
+    dataset, info = load_dataset(data), read_shards_info(shards)
+    recipe = info["recipe"]
+    encoder = PromptEncoder(
+        load_tokenizer(tokenizer), dataset.titles, load_templates(dataset.domain), recipe["max_title_tokens"]
+    )
+    assert [template.text for template in encoder.templates] == recipe["templates"]
+    compared = 0
+    for split in ("train", "val", "test"):
+        opened = ShardSet.open(shards, split)
+        for start in range(0, len(opened), 4096):
+            ids = np.arange(start, min(start + 4096, len(opened)))
+            for sample in opened.read(ids):
+                template = int(draw_templates(np.array([sample.key]), recipe["seed"], sample.pass_index, 3)[0])
+                whole = encoder.whole_ids(encoder.text(sample.history, sample.candidates, template), sample.target)
+                np.testing.assert_array_equal(np.delete(sample.tokens, sample.slot_positions), whole)
+                compared += 1
+        lengths = [opened.tokens.sum(), opened.slots.sum(), opened.answer_tokens.sum()]
+        read = opened.read(range(len(opened)))
+        assert lengths[0] == sum(len(sample.tokens) for sample in read)
+        assert lengths[1] == sum(len(sample.slot_positions) for sample in read)
+        assert lengths[2] == sum(sample.answer_end - sample.answer_start for sample in read)
+    return compared
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", ["sentencepiece", "llama3"])
+def test_every_row_of_movielens_is_the_whole_string(shared, tmp_path, family):
+    from llara_dist.data.prepare import prepare
+
+    prepare("movielens", tmp_path / "data", shared / "data/ml-100k")
+    tokenizer = shared / "models/llama2-tokenizer"
+    if family == "llama3":
+        tokenizer = tmp_path / "tokenizer"
+        worlds.byte_level(vocabulary=2000).save_pretrained(tokenizer)
+    build(tmp_path / "data", str(tokenizer), tmp_path / "shards")
+    assert check_every_row(tmp_path / "data", tmp_path / "shards", str(tokenizer)) == 66_126 + 94 + 95
+
+
+def test_passes_differ_and_users_are_spread(root):
+    shards = ShardSet.open(root / "shards")
+    first = {sample.key: sample for sample in shards.read(np.flatnonzero(shards.passes == 0))}
+    second = {sample.key: sample for sample in shards.read(np.flatnonzero(shards.passes == 1))}
+    same = sum(first[key].candidates.tolist() == second[key].candidates.tolist() for key in first)
+    assert same == 0
+    order = [sample.key for sample in shards.read(np.flatnonzero(shards.passes == 0))]
+    assert order != [sample.key for sample in shards.read(np.flatnonzero(shards.passes == 1))]
+    # Neighbouring keys are windows of one user; in a shuffle a step of one is about as rare as any other.
+    assert np.mean(np.abs(np.diff(order)) == 1) < 0.05
+    keys = load_dataset(root / "data").train.keys
+    assert order == keys[place_rows(keys, 0, 0)].tolist()
+
+
+def test_every_template_is_drawn(root):
+    drawn = draw_templates(np.arange(3000), 0, 0, 3)
+    assert np.bincount(drawn).min() > 900
+    assert not np.array_equal(drawn, draw_templates(np.arange(3000), 0, 1, 3))
+
+
+def test_index_and_manifest_describe_the_files(root):
+    folder = root / "shards/train"
+    info = read_shards_info(root / "shards")
+    manifest = read_manifest(root / "shards", "train", info)
+    index = read_index(folder, manifest)
+    assert [shard["name"] for shard in manifest["shards"]] == sorted(path.name for path in folder.glob("*.tar"))
+    for number, shard in enumerate(manifest["shards"]):
+        data = (folder / shard["name"]).read_bytes()
+        assert (len(data), sha256_bytes(data)) == (shard["bytes"], shard["sha256"])
+        mine = np.flatnonzero(index.shards == number)
+        assert len(mine) == shard["samples"]
+        with tarfile.open(folder / shard["name"]) as tar:
+            for row, member in zip(mine, tar.getmembers(), strict=True):
+                assert member.name == member_name(int(index.passes[row]), int(index.keys[row]))
+                assert (member.offset_data, member.size) == (index.offsets[row], index.sizes[row])
+                assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o444)
+                payload = data[index.offsets[row] : index.offsets[row] + index.sizes[row]]
+                assert zlib.crc32(payload) == index.crc32[row]
+                sample = unpack(payload)
+                assert len(sample.tokens) == index.tokens[row]
+    table = pq.ParquetFile(folder / "index.parquet")
+    assert table.num_row_groups == len(manifest["shards"]) == len(manifest["index"]["row_groups"])
+    assert table.schema_arrow.names == [
+        *("key", "pass", "dataset", "shard", "offset", "bytes", "tokens", "slots", "answer_tokens", "crc32")
+    ]
+    data = (folder / "index.parquet").read_bytes()
+    ends = [4]
+    for group in manifest["index"]["row_groups"]:
+        assert group["offset"] == ends[-1]
+        ends.append(group["offset"] + group["bytes"])
+        assert sha256_bytes(data[group["offset"] : ends[-1]]) == group["sha256"]
+    assert ends[-1] < len(data)
+
+
+def test_stock_webdataset_reads_them(root):
+    import webdataset
+
+    manifest = read_manifest(root / "shards", "train", read_shards_info(root / "shards"))
+    urls = [str(root / "shards/train" / shard["name"]) for shard in manifest["shards"]]
+    pipeline = webdataset.WebDataset(urls, shardshuffle=False)
+    records = list(pipeline)
+    shards = ShardSet.open(root / "shards")
+    samples = shards.read(range(len(shards)))
+    assert len(records) == len(samples)
+    for record, sample in zip(records, samples, strict=True):
+        assert record["__key__"] == f"{sample.pass_index:02d}-{sample.key:010d}"
+        np.testing.assert_array_equal(unpack(record["mp"]).tokens, sample.tokens)
+    decoded = next(iter(webdataset.WebDataset(urls, shardshuffle=False).decode()))["mp"]
+    np.testing.assert_array_equal(np.frombuffer(decoded["tokens"], "<u4"), samples[0].tokens)
+
+
+def test_settings_change_the_bytes_as_they_should(root):
+    base = read_shards_info(root / "shards")
+    other = make(root, "seeded", seed=1)
+    assert other["splits"]["train"]["hash"] != base["splits"]["train"]["hash"]
+    one = make(root, "one-pass", passes=1)
+    whole = files(root / "shards/train")
+    for name, data in files(root / "one-pass/train").items():
+        if name.endswith(".tar"):
+            assert data == whole[name], "a pass does not depend on how many there are"
+    assert one["splits"]["train"]["samples"] * 2 == base["splits"]["train"]["samples"]
+
+
+def test_limits_are_kept_and_counted(root, tmp_path):
+    info = make(root, "short", max_tokens=230, max_title_tokens=8, overwrite=True)
+    dataset = load_dataset(root / "data")
+    shards = ShardSet.open(root / "short")
+    assert shards.tokens.max() <= 230
+    place = {int(key): row for row, key in enumerate(dataset.train.keys)}
+    rows = items = 0
+    for sample in shards.read(range(len(shards))):
+        history = dataset.train.history(place[sample.key])
+        missing = len(history) - sample.num_history
+        np.testing.assert_array_equal(sample.history, history[missing:])
+        rows, items = rows + (missing > 0), items + missing
+    train = info["splits"]["train"]
+    assert rows > 0
+    assert (train["rows_with_history_dropped"], train["history_items_dropped"]) == (rows, items)
+    titles = pq.read_table(root / "short/items.parquet").to_pydict()
+    cut = sum(shown != " ".join(title.split()) for title, shown in zip(titles["title"], titles["shown"], strict=True))
+    assert info["counts"]["titles_cut"] == cut > 0
+    with pytest.raises(InputError, match=r"key \d+: needs .* the limit is 60"):
+        make(root, "too-short", max_tokens=60)
+    assert not (root / "too-short").exists()
+    assert not list(root.glob(".too-short*"))
+    with pytest.raises(InputError, match=r"key \d+: needs .* the limit is 60"):
+        make(root, "too-short", max_tokens=60, processes=2)
+
+
+def test_existing_folder_needs_overwrite(root, copy):
+    before = files(copy)
+    settings = {"processes": 1, "passes": 1}
+    with pytest.raises(InputError, match="exists already"):
+        build(root / "data", str(root / "tokenizer"), copy, **settings)
+    assert files(copy) == before
+    build(root / "data", str(root / "tokenizer"), copy, overwrite=True, **settings)
+    assert read_shards_info(copy)["recipe"]["passes"] == 1
+    assert verify(copy)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"passes": 0}, "--passes is 0"),
+        ({"passes": 100}, "at most 99"),
+        ({"processes": 0}, "--processes is 0"),
+        ({"samples_per_shard": 0}, "--samples_per_shard is 0"),
+        ({"max_title_tokens": 0}, "max_title_tokens is 0"),
+        ({"templates": "nothing"}, "neither one of"),
+    ],
+)
+def test_bad_settings(root, settings, message):
+    with pytest.raises(InputError, match=message):
+        make(root, "bad", **settings)
+    assert not (root / "bad").exists()
+
+
+def test_killed_build_leaves_nothing_under_the_final_name(root, tmp_path):
+    script = "import sys; from llara_dist.data.build import build; build(*sys.argv[1:4], passes=60, processes=1)"
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", script, str(root / "data"), str(root / "tokenizer"), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".killed*/train/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert list(tmp_path.glob(".killed*")), "killed before it wrote: nothing was tested"
+    assert not out.exists()
+
+
+def test_verify_passes_what_was_built(root):
+    found = verify(root / "shards")
+    assert found["ok"]
+    assert found["samples"] == sum(len(ShardSet.open(root / "shards", split)) for split in ("train", "val", "test"))
+
+
+def damage(path: Path, at: int, count: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    for place in range(at, at + count):
+        data[place] ^= 0x20
+    path.write_bytes(data)
+
+
+def finding(copy: Path, capsys) -> str:
+    """Everything verify prints and raises about a damaged folder."""
+    with pytest.raises(InputError) as caught:
+        verify(copy)
+    assert "\n" not in str(caught.value)
+    return capsys.readouterr().out + str(caught.value)
+
+
+def test_verify_tells_missing_truncated_altered(copy, capsys):
+    shards = ShardSet.open(copy)
+    path = copy / "train/000002.tar"
+    row = int(np.flatnonzero(shards.index.shards == 2)[5])
+    offset, key = int(shards.index.offsets[row]), int(shards.keys[row])
+    whole = path.read_bytes()
+
+    damage(path, offset + 3)
+    found = finding(copy, capsys)
+    assert "000002.tar: altered" in found
+    assert f"offset {offset}, key {key}: altered" in found
+    assert found.count("sample at offset") == 1
+
+    path.write_bytes(whole[: offset + 10])
+    found = finding(copy, capsys)
+    assert f"000002.tar: truncated, {offset + 10} of {len(whole)} bytes" in found
+    assert f"offset {offset}, key {key}: truncated, 10 of" in found
+
+    path.write_bytes(whole[:-512])
+    assert "000002.tar: truncated" in finding(copy, capsys)
+    path.write_bytes(whole + bytes(512))
+    assert "000002.tar: altered" in finding(copy, capsys)
+    path.write_bytes(whole)
+    damage(path, offset - 512)
+    assert "no sample is affected" in finding(copy, capsys)
+
+    path.unlink()
+    assert "000002.tar: missing" in finding(copy, capsys)
+    path.write_bytes(whole)
+    assert verify(copy)["ok"]
+
+    (copy / "train/000001.tar").rename(copy / "train/000099.tar")
+    found = finding(copy, capsys)
+    assert "000001.tar: missing" in found
+    assert "000099.tar: unexpected" in found
+
+
+def test_verify_finds_swapped_shards(copy, capsys):
+    one, other = copy / "train/000000.tar", copy / "train/000001.tar"
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    found = finding(copy, capsys)
+    assert "000000.tar: " in found
+    assert "000001.tar: " in found
+
+
+@pytest.mark.parametrize("name", ["shards.json", "train/manifest.json", "val/manifest.json"])
+def test_altered_manifests_are_found(copy, name, capsys):
+    path = copy / name
+    value = json.loads(path.read_text())
+    value["num_items"] += 1
+    path.write_text(json.dumps(value))
+    assert f"{name}: altered" in finding(copy, capsys)
+    # Sealing the altered file again does not help: shards.json names each manifest's hash.
+    value["hash"] = sha256_json({field: entry for field, entry in value.items() if field != "hash"})
+    path.write_text(json.dumps(value))
+    if name != "shards.json":
+        assert f"{name}: belongs to another build" in finding(copy, capsys)
+    path.unlink()
+    assert f"{name}: not found" in finding(copy, capsys)
+
+
+def test_altered_index_is_found_before_a_read(copy, capsys):
+    path = copy / "train/index.parquet"
+    manifest = read_manifest(copy, "train", read_shards_info(copy))
+    group = manifest["index"]["row_groups"][2]
+    damage(path, group["offset"] + group["bytes"] // 2)
+    found = finding(copy, capsys)
+    assert "index.parquet: altered" in found
+    assert f"row group of shard {manifest['shards'][2]['name']}" in found
+    with pytest.raises(InputError, match=r"index.parquet: altered"):
+        ShardSet.open(copy)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert "index.parquet: truncated" in finding(copy, capsys)
+    (copy / "items.parquet").unlink()
+    assert "items.parquet: missing" in finding(copy, capsys)
+
+
+def test_reader_refuses_what_is_not_whole(copy):
+    path = copy / "train/000000.tar"
+    shards = ShardSet.open(copy)
+    row = int(np.flatnonzero(shards.index.shards == 0)[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"000000.tar: \d+ bytes, the manifest names"):
+        ShardSet.open(copy)
+    path.unlink()
+    with pytest.raises(InputError, match=r"000000.tar: missing"):
+        ShardSet.open(copy)
+    with pytest.raises(InputError, match=r"000000.tar: cannot be read"):
+        shards.read([row])
+    path.write_bytes(whole)
+    assert shards.read([row])[0].key == shards.keys[row]
+    with pytest.raises(InputError, match="no split 'dev'"):
+        ShardSet.open(copy, "dev")
+    with pytest.raises(InputError, match=r"shards.json: not found"):
+        ShardSet.open(copy / "train")
+
+
+def test_other_format_version_is_refused(copy):
+    path = copy / "shards.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(InputError, match="format_version 99"):
+        ShardSet.open(copy)
+
+
+def test_inspect_shows_a_sample(root, capsys):
+    dataset = load_dataset(root / "data")
+    key = int(dataset.val.keys[0])
+    found = inspect_sample(root / "shards", key)
+    printed = capsys.readouterr().out
+    assert found["split"] == "val"
+    assert found["candidates"] == dataset.candidates["val"][0].tolist()
+    assert found["target"] == dataset.val.targets[0]
+    shown = pq.read_table(root / "shards/items.parquet")["shown"].to_pylist()
+    slots = [*found["history"], *found["candidates"]]
+    hybrid = found["hybrid"]
+    for item in slots:
+        # The token that ends a title may hold the punctuation after it ("dot.,"); the slot follows that token.
+        assert re.search(re.escape(shown[item]) + r"[,.?]*" + f"⟨item {item}⟩", hybrid)
+    assert hybrid.count("⟨item ") == len(slots)
+    without = hybrid
+    for item in slots:
+        without = without.replace(f"⟨item {item}⟩", "")
+    assert without == found["text_only"]
+    assert found["text_only"].endswith(f"Answer:{found['answer']}")
+    assert found["hybrid_tokens"] - found["text_tokens"] == len(slots)
+    assert found["hybrid"] in printed
+    second = inspect_sample(root / "shards", int(dataset.train.keys[3]), pass_index=1)
+    assert (second["pass"], second["split"]) == (1, "train")
+
+
+def test_inspect_errors(root, copy, tmp_path):
+    with pytest.raises(InputError, match="no sample with key 999999"):
+        inspect_sample(copy, 999_999)
+    worlds.byte_level(vocabulary=500).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="not the tokenizer"):
+        inspect_sample(copy, 0, tokenizer=str(tmp_path / "other"))
+    info = read_shards_info(copy)
+    split, sample = find_sample(copy, info, 5)
+    assert (split, sample.key) == ("train", 5)
+    index = read_index(copy / "train", read_manifest(copy, "train", info))
+    row = int(np.flatnonzero((index.keys == 5) & (index.passes == 0))[0])
+    damage(copy / "train" / f"{index.shards[row]:06d}.tar", int(index.offsets[row]) + 40)
+    with pytest.raises(InputError, match=r"key 5: altered"):
+        find_sample(copy, info, 5)
+    damage(copy / "items.parquet", 100)
+    with pytest.raises(InputError, match=r"items.parquet: altered"):
+        inspect_sample(copy, 6)
+    assert len(matching_tokenizer(info)) == info["vocabulary"]
