@@ -8,6 +8,7 @@ global is refused before anything is called. What remains to a crafted file is t
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def _columns(frame: Any) -> dict[str, np.ndarray]:
     return columns
 
 
-def _placement(where: Any) -> list[int]:
+def _placement(where: Any) -> Sequence[int]:
     if isinstance(where, Array):
         return [int(place) for place in where.numpy()]
     if isinstance(where, Slice) and len(where.args) == 3 and all(isinstance(part, int) for part in where.args):
-        return list(range(*where.args))
+        return range(*where.args)  # never listed: a crafted one may be endless
     raise Unreadable("a block at an unknown place")
 
 
