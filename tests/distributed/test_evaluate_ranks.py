@@ -11,8 +11,8 @@ import pytest
 
 from llara_dist.data.predictions import read_predictions
 from llara_dist.evaluation.evaluate import evaluate
-from llara_dist.training.loop import train
 from tests.distributed.ranks import run_ranks
+from tests.distributed.training import train_all
 from tests.runs import run_config
 
 
@@ -23,7 +23,8 @@ def evaluate_into(run: Path, out: Path) -> None:
 @pytest.mark.long
 def test_the_number_of_ranks_changes_no_metric(inputs: Path, tmp_path: Path) -> None:
     config = run_config(inputs, tmp_path / "run", max_steps=2)
-    train(dataclasses.replace(config, model=dataclasses.replace(config.model, bits=32)))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, bits=32))
+    run_ranks(train_all, 1, tmp_path / "train", [config])
     evaluate_into(tmp_path / "run", tmp_path / "one")
     run_ranks(evaluate_into, 2, tmp_path / "ranks", tmp_path / "run", tmp_path / "two")
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))

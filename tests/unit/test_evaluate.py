@@ -23,8 +23,9 @@ from llara_dist.evaluation.evaluate import default_folder, evaluate, form_is_hyb
 from llara_dist.evaluation.predict import join_rows, predict
 from llara_dist.recommenders.training import train as train_recommender
 from llara_dist.stream.reader import ShardSet
-from llara_dist.training.loop import train
 from llara_dist.training.trained import load_trained
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import train_all
 from tests.tiny import write_llama
 from tests.unit.worlds import byte_level, sentencepiece_folder, write_world
 
@@ -41,16 +42,16 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(root / "llm")
     build(root / "data", str(root / "llm"), root / "shards", processes=1)
     train_recommender(root / "data", root / "rec", epochs=1, dim=16, heads=2)
-    train(
-        RunConfig(
-            model=ModelConfig(path=str(root / "llm"), bits=32),
-            recommender=RecommenderConfig(root / "rec"),
-            data=DataConfig(shards=root / "shards", max_steps=2, global_batch_samples=8, workers=0),
-            deepspeed=REPOSITORY / "ds_configs" / "zero0.json",
-            out=root / "run",
-            device="cpu",
-        )
+    config = RunConfig(
+        model=ModelConfig(path=str(root / "llm"), bits=32),
+        recommender=RecommenderConfig(root / "rec"),
+        data=DataConfig(shards=root / "shards", max_steps=2, global_batch_samples=8, workers=0),
+        deepspeed=REPOSITORY / "ds_configs" / "zero0.json",
+        out=root / "run",
+        device="cpu",
     )
+    # In a process of its own: DeepSpeed keeps the process group of the first engine of a process.
+    run_ranks(train_all, 1, root / "ranks", [config])
     return root
 
 
