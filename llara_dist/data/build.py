@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 import zlib
 from collections import deque
@@ -122,10 +123,19 @@ def draw_templates(keys: np.ndarray, seed: int, pass_index: int, num_templates: 
 _DRAWING: Drawing | None = None
 
 
-def _set_drawing(drawing: Drawing) -> None:
+def _start_worker(drawing: Drawing) -> None:
     """Give a worker process what all its tasks share."""
     global _DRAWING
     _DRAWING = drawing
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A pool's worker waits for tasks for ever when its parent was killed: it holds both ends of the queue's pipe.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _write_shard_in_worker(task: ShardTask) -> ShardResult:
@@ -199,7 +209,7 @@ def _run(tasks: Iterator[ShardTask], drawing: Drawing, processes: int) -> Iterat
         return
     # spawn: the parent's tokenizer and Arrow threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_set_drawing, initargs=(drawing,)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(drawing,)) as pool:
         waiting: deque[Future[ShardResult]] = deque()
         try:
             for task in tasks:
@@ -272,7 +282,7 @@ def build(
     if processes is not None and processes < 1:
         raise InputError(f"--processes is {processes}; must be at least 1")
     if Path(out).exists() and not overwrite and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise InputError(f"{out}: exists already; remove it, choose another --out, or give --overwrite")
+        raise InputError(f"{out}: exists already; remove it, choose another --out, or give --overwrite true")
     dataset = load_dataset(Path(data))
     loaded = load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, dataset.titles, load_templates(templates or dataset.domain), max_title_tokens)
@@ -327,13 +337,15 @@ def build(
 
 
 def _check_some_rows(encoder: PromptEncoder, dataset: Dataset, drawing: Drawing) -> None:
-    """Whole-string check on a hashed sample of training rows, before anything is written."""
-    rows = take_rows(dataset.train, place_rows(dataset.train.keys, drawing.seed, 0)[:_CHECKED_ROWS])
-    if len(rows):
-        block, candidates = draw_rows(rows, None, drawing, 0)
-        check_segments(
-            encoder, rows, candidates, draw_templates(rows.keys, drawing.seed, 0, len(encoder.templates)), block
-        )
+    """Whole-string check on a hashed sample of each split's rows, before anything is written."""
+    for split in form.SPLITS:
+        whole, frozen = dataset.rows(split), dataset.candidates.get(split)
+        order = place_rows(whole.keys, drawing.seed, 0)[:_CHECKED_ROWS]
+        if len(order):
+            rows = take_rows(whole, order)
+            block, candidates = draw_rows(rows, None if frozen is None else frozen[order], drawing, 0)
+            templates = draw_templates(rows.keys, drawing.seed, 0, len(encoder.templates))
+            check_segments(encoder, rows, candidates, templates, block)
 
 
 def _write_split(

@@ -247,7 +247,7 @@ def encode_rows(
             needed = int(fixed[row] + table.lengths[history_units[ends[row] - 1]])
             raise InputError(
                 f"{_name(keys, row)}: needs {needed} tokens with one history item left, the limit is {max_tokens}; "
-                "raise --max-tokens or lower --max-title-tokens"
+                "raise --max_tokens or lower --max_title_tokens"
             )
     else:
         kept = first

@@ -51,9 +51,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: no tokenizer could be loaded ({reason})") from None
+    except Exception as error:  # the libraries raise anything here, a bare Exception for a damaged tokenizer.json
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: no tokenizer could be loaded from this folder or hub id ({reason})") from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise InputError(f"{path}: {type(tokenizer).__name__} has no fast backend; save it with a tokenizer.json")
     if tokenizer.eos_token_id is None:

@@ -96,7 +96,7 @@ def shard_problems(folder: Path, manifest: dict[str, Any], index: form.Index | N
     findings = [] if problem is None else [f"{path}: {problem}"]
     if problem == "missing" or index is None:
         return findings
-    rows = np.flatnonzero(index.shards == number)
+    rows = np.arange(*np.searchsorted(index.shards, [number, number + 1]))
     damaged = []
     with open(path, "rb") as file:
         for row in rows.tolist():

@@ -6,6 +6,7 @@ workers, the micro-batch budget or restarts. Who computes them depends on the wo
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -145,7 +146,8 @@ class Plan:
 def share_out(lengths: np.ndarray, world_size: int, max_tokens: int) -> list[list[np.ndarray]]:
     """Pack rows into world_size × K micro-batches of at most `max_tokens` positions, balanced, K as small as found.
 
-    Longest row first into the lightest micro-batch (Graham's LPT rule); micro-batches that run at the same time on
+    Longest row first into the lightest micro-batch (Graham's LPT rule) where that keeps the budget, else into the
+    fullest that holds it (best-fit decreasing); micro-batches that run at the same time on
     different ranks are neighbours in weight, since all ranks wait for the heaviest.
 
     Args:
@@ -161,16 +163,21 @@ def share_out(lengths: np.ndarray, world_size: int, max_tokens: int) -> list[lis
         row = int(lengths.argmax())
         raise InputError(
             f"a row of {int(lengths[row])} tokens does not fit max_tokens_per_microbatch = {max_tokens}; raise it or "
-            "rebuild the shards with a lower --max-tokens"
+            "rebuild the shards with a lower --max_tokens"
         )
     order = np.argsort(-lengths, kind="stable").tolist()
     weights = lengths.tolist()
-    count = max(1, -(-int(lengths.sum()) // (world_size * max_tokens)))
-    while True:
+    fitted = _best_fit(order, weights, max_tokens)
+    most = max(1, -(-len(fitted) // world_size))
+    fewest = max(1, -(-int(lengths.sum()) // (world_size * max_tokens)))
+    bins = None
+    for count in sorted({fewest, min(fewest + 1, most), most}):
         bins = _lightest_first(order, weights, world_size * count, max_tokens)
         if bins is not None:
             break
-        count += 1
+    if bins is None:
+        bins = fitted + [(0, [])] * (world_size * most - len(fitted))
+    count = len(bins) // world_size
     bins.sort(key=lambda entry: (-entry[0], entry[1][:1]))
     shares: list[list[np.ndarray]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
@@ -183,6 +190,22 @@ def share_out(lengths: np.ndarray, world_size: int, max_tokens: int) -> list[lis
             shares[rank].append(np.array(sorted(rows), dtype=np.int64))
             loads[rank] += load
     return shares
+
+
+def _best_fit(order: list[int], weights: list[int], limit: int) -> list[tuple[int, list[int]]]:
+    """Rows in `order` each into the fullest bin that still holds it: few bins (11/9 of the fewest), not balanced."""
+    room: list[tuple[int, int]] = []
+    bins: list[list[int]] = []
+    for row in order:
+        place = bisect.bisect_left(room, (weights[row], -1))
+        if place == len(room):
+            free, number = limit, len(bins)
+            bins.append([])
+        else:
+            free, number = room.pop(place)
+        bins[number].append(row)
+        bisect.insort(room, (free - weights[row], number))
+    return [(limit - free, bins[number]) for free, number in sorted(room, key=lambda entry: entry[1])]
 
 
 def _lightest_first(
@@ -215,5 +238,5 @@ def check_world(samples: SampleTable, global_batch: int, world_size: int, max_to
     if longest > max_tokens:
         raise InputError(
             f"the longest row of the shards has {longest} tokens, max_tokens_per_microbatch is {max_tokens}; raise it "
-            "or rebuild the shards with a lower --max-tokens"
+            "or rebuild the shards with a lower --max_tokens"
         )

@@ -14,6 +14,9 @@ from llara_dist.data import shards as form
 from llara_dist.data.samples import Sample, unpack
 from llara_dist.errors import InputError
 
+_OPEN_FILES = 256
+"""shards kept open in a process, the oldest closed first; the usual limit of a process is 1,024 files"""
+
 
 @dataclass(frozen=True)
 class ShardSet:
@@ -123,6 +126,8 @@ class ShardSet:
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
             try:
                 self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:

@@ -138,7 +138,7 @@ def test_stops_where_told(shards):
 
 def test_workers_change_nothing(shards):
     expected = list(loader(shards, first_step=4, last_step=12))
-    for workers in (1, 3):
+    for workers in (1, 2):
         found = list(loader(shards, first_step=4, last_step=12, num_workers=workers))
         assert len(found) == 8
         for one, other in zip(expected, found, strict=True):
@@ -169,6 +169,15 @@ def test_programming_errors_come_through(shards, workers):
     broken = StepLoader(shards, plan_of(shards), BreaksAt(1), num_workers=workers)
     with pytest.raises(ZeroDivisionError, match="planted"):
         list(broken)
+
+
+def test_few_files_stay_open(shards, monkeypatch):
+    monkeypatch.setattr("llara_dist.stream.reader._OPEN_FILES", 2)
+    ids = np.random.default_rng(0).permutation(len(shards))
+    assert [sample.key for sample in shards.read(ids)] == shards.keys[ids].tolist()
+    assert len(set(shards.index.shards.tolist())) > 2 >= len(shards._files)
+    shards.close()
+    assert shards._files == {}
 
 
 def test_refused_before_anything_is_read(shards):

@@ -140,6 +140,17 @@ def test_microbatches_are_filled():
     assert sorted(part.tolist() for part in shares[0]) == [[0, 1], [2, 3]]
 
 
+def test_awkward_lengths_pack_quickly_and_tightly():
+    """A third of the budget and a little: three do not fit, where the sum alone would promise them to."""
+    lengths = np.full(8192, 1400)
+    started = time.perf_counter()
+    shares = share_out(lengths, world_size=2, max_tokens=4096)
+    assert time.perf_counter() - started < 2
+    assert [len(rank) for rank in shares] == [2048, 2048]
+    shares = share_out(np.array([60, 50, 40, 30, 20]), world_size=1, max_tokens=100)
+    assert sorted(sorted(part.tolist()) for part in shares[0]) == [[0, 2], [1, 3, 4]]
+
+
 def test_fewer_samples_than_ranks_leaves_empty_microbatches():
     shares = share_out(np.array([50, 40, 30]), world_size=5, max_tokens=100)
     assert [len(rank) for rank in shares] == [1] * 5

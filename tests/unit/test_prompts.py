@@ -221,7 +221,7 @@ def test_oldest_history_is_dropped_to_fit(encoder):
         if dropped:
             longer = encoder.encode(history[dropped - 1 :], candidates, 2, 0)
             assert len(longer.tokens) > limit
-    with pytest.raises(InputError, match=r"key 9: needs .* tokens .*max-tokens"):
+    with pytest.raises(InputError, match=r"key 9: needs .* tokens .*max_tokens"):
         encoder.encode(history, candidates, 2, 0, key=9, max_tokens=20)
 
 
@@ -302,8 +302,12 @@ def test_missing_tokenizer_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match=r"tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no tokenizer could be loaded"):
-        load_tokenizer(tmp_path / "empty")
+    for content in (None, "{}", "not JSON", '{"model": {"type": "BPE"}}'):
+        if content is not None:
+            (tmp_path / "empty/tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match="no tokenizer could be loaded") as caught:
+            load_tokenizer(tmp_path / "empty")
+        assert "\n" not in str(caught.value)
 
 
 def _real_titles(shared: Path) -> dict[str, list[str]]:

@@ -280,6 +280,34 @@ def test_killed_build_leaves_nothing_under_the_final_name(root, tmp_path):
     assert not out.exists()
 
 
+def test_killed_build_leaves_no_processes(root, tmp_path):
+    script = "import sys; from llara_dist.data.build import build; build(*sys.argv[1:4], passes=60, processes=2)"
+    command = [sys.executable, "-c", script, str(root / "data"), str(root / "tokenizer"), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".killed*/train/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(group_members(process.pid)) >= 3, "no workers: nothing was tested"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while group_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert group_members(process.pid) == []
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a process group that have not ended."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, number = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(number) == group and state not in "ZX":
+            members.append(int(stat.parent.name))
+    return members
+
+
 def test_verify_passes_what_was_built(root):
     found = verify(root / "shards")
     assert found["ok"]
