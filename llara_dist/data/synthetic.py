@@ -64,28 +64,22 @@ def words() -> Words:
 def make_titles(
     rng: np.random.Generator, genre_words: list[str], name_words: list[str], genres: np.ndarray
 ) -> list[str]:
-    """Make one unique title per item: one name, in a third of the titles two, then the word of the item's genre.
+    """Make one unique title per item: a name, then the word of the item's genre.
 
     Args:
         rng: the generator; the titles depend on its state alone.
         genre_words: the word of each genre.
-        name_words: the words to name items with; each starts a title before any starts a second one.
-        genres: int [I], the genre of each item.
+        name_words: the words to name items with; each is used once before any is used again.
+        genres: int [I], the genre of each item; no more of one genre than there are names.
     """
-    order = np.concatenate([rng.permutation(len(name_words)) for _ in range(-(-len(genres) // len(name_words)))])
+    names = rng.permutation(len(name_words))
+    free = [list(range(len(names))) for _ in genre_words]
     titles: list[str] = []
-    seen: set[str] = set()
-    for first, genre in zip(order, genres, strict=False):
-        two = rng.random() < 1 / 3
-        while True:
-            second = int(rng.integers(len(name_words)))
-            parts = [name_words[first], *([name_words[second]] if two and second != first else []), genre_words[genre]]
-            title = " ".join(parts)
-            if title not in seen:
-                break
-            two = True
-        seen.add(title)
-        titles.append(title)
+    for item, genre in enumerate(genres):
+        wanted = item % len(names)
+        # The next name in turn, or the first after it that this genre has not used.
+        place = next((place for place, name in enumerate(free[genre]) if name >= wanted), 0)
+        titles.append(f"{name_words[names[free[genre].pop(place)]]} {genre_words[genre]}")
     return titles
 
 
@@ -121,8 +115,8 @@ def synthetic_world(
     lists = words()
     if not 1 <= num_genres <= len(lists.genres):
         raise InputError(f"synthetic: num_genres is {num_genres}, the word list has 1 to {len(lists.genres)}")
-    if not max(num_genres, num_clusters, 3 * max_events) <= num_items <= 20 * len(lists.names):
-        lowest, highest = max(num_genres, num_clusters, 3 * max_events), 20 * len(lists.names)
+    if not max(num_genres, num_clusters, 3 * max_events) <= num_items <= num_genres * len(lists.names):
+        lowest, highest = max(num_genres, num_clusters, 3 * max_events), num_genres * len(lists.names)
         raise InputError(f"synthetic: num_items is {num_items}, these settings need {lowest} to {highest}")
     if num_clusters < 1 or num_users < 1 or not 1 <= min_events <= max_events:
         raise InputError(
