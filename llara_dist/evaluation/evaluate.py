@@ -39,7 +39,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     shards: Path | None = None,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Generate an answer for every row and rank its candidates; write predictions and metrics.

@@ -14,6 +14,7 @@ from llara_dist.data.predictions import Predictions
 from llara_dist.evaluation.answers import answer_text, answer_tokens, check_answer
 from llara_dist.evaluation.decode import MAX_NEW_TOKENS, generate
 from llara_dist.evaluation.metrics import PROTOCOLS, judge
+from llara_dist.evaluation.prompts import read_prompts
 from llara_dist.evaluation.scoring import score_candidates
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.reader import ShardSet
@@ -65,7 +66,7 @@ def predict(
         world: which share is this rank's; None = all of it.
 
     Returns:
-        Predictions in the order of keys, and "generation_s", "ranking_s" of the slowest rank.
+        Predictions in the order of keys, and "prompts_s", "ranking_s", "generation_s" of the slowest rank.
     """
     world = world or distributed.World()
     answers = answer_tokens(tokenizer, titles)
@@ -74,22 +75,26 @@ def predict(
     mine = ids[np.argsort(-shards.tokens[ids], kind="stable")][world.rank :: world.size]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     results: list[RowResult] = []
-    seconds = {"generation_s": 0.0, "ranking_s": 0.0}
+    seconds = {"prompts_s": 0.0, "ranking_s": 0.0, "generation_s": 0.0}
     for batch in console.progress(batches, "evaluating") if world.is_main else batches:
         samples = shards.read(batch)
         for sample in samples:
             check_answer(sample, answers)
+        shown = np.stack([sample.candidates for sample in samples]).astype(np.int32)
         started = time.perf_counter()
-        generated = generate(model, samples, hybrid, eos, max_new_tokens) if generation else None
-        between = time.perf_counter()
-        scores = score_candidates(model, samples, hybrid, answers) if ranking else None
-        seconds["generation_s"] += between - started
-        seconds["ranking_s"] += time.perf_counter() - between
+        prompts = read_prompts(model, samples, hybrid)
+        read = time.perf_counter()
+        scores = score_candidates(model, prompts, shown, answers) if ranking else None
+        ranked = time.perf_counter()
+        generated = generate(model, prompts, eos, max_new_tokens) if generation else None
+        seconds["prompts_s"] += read - started
+        seconds["ranking_s"] += ranked - read
+        seconds["generation_s"] += time.perf_counter() - ranked
         results += [
             RowResult(
                 key=sample.key,
                 target=sample.target,
-                candidates=np.array(sample.candidates, dtype=np.int32),
+                candidates=shown[row],
                 generated=None if generated is None else answer_text(tokenizer, generated[row].tokens),
                 finished=None if generated is None else generated[row].finished,
                 log_likelihoods=None if scores is None else scores.total[row],

@@ -1,7 +1,7 @@
 """Likelihood ranking: how likely the model finds each candidate's title as the answer.
 
-A row's prompt is computed once. Its candidates' answers follow it in the same sequence, each with the positions it
-would have directly after the prompt, and the attention mask lets an answer see the prompt and itself alone.
+The prompt was read once. Its candidates' answers follow it in one sequence, each with the positions it would have
+directly after the prompt, and the attention mask lets an answer see the prompt and itself alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llara_dist.data.samples import Sample
 from llara_dist.evaluation.language_model import hidden_states, token_embeddings, vocabulary_logits
+from llara_dist.evaluation.prompts import Prompts
 from llara_dist.model.hybrid import HybridLlama
-from llara_dist.stream.batch import collate
 
 _POSITIONS_PER_HEAD_CALL = 1024
 
@@ -41,51 +40,45 @@ class Likelihoods:
 
 @torch.no_grad()
 def score_candidates(
-    model: HybridLlama, samples: Sequence[Sample], hybrid: bool, answers: Sequence[np.ndarray]
+    model: HybridLlama, prompts: Prompts, candidates: np.ndarray, answers: Sequence[np.ndarray]
 ) -> Likelihoods:
-    """Score every candidate of every sample.
+    """Score every candidate of every prompt; the prompts' cache is left as it was.
 
     Args:
-        model: in evaluation mode; its device is used.
-        samples: one batch, all with the same number of candidates.
-        hybrid: whether behaviour embeddings follow the titles, or the prompt is text alone.
+        model: in evaluation mode.
+        prompts: as `read_prompts` made them.
+        candidates: int [N, C], item ids in shown order.
         answers: by item id, the answer's token ids, EOS last.
 
     Returns:
-        Likelihoods in the samples' and their candidates' shown order.
+        Likelihoods in the given order.
     """
-    device = model.item_table.device
-    batch = collate(list(samples), np.full(len(samples), hybrid), answers=False).to(device)
-    prompts = model.embed(batch)[0]
-    starts = batch.cu_seqlens.tolist()
-    layouts = [
-        _Layout.of(stop - start, [answers[int(item)] for item in sample.candidates])
-        for sample, start, stop in zip(samples, starts[:-1], starts[1:], strict=True)
-    ]
-    longest = max(len(layout.segments) for layout in layouts)
-    embeddings = prompts.new_zeros(len(samples), longest, prompts.shape[1])
-    segments = torch.full((len(samples), longest), -1, device=device)
-    positions = torch.zeros((len(samples), longest), dtype=torch.int64, device=device)
+    device = prompts.end.device
+    layouts = [_Layout.of([answers[int(item)] for item in row]) for row in candidates]
+    longest = max(len(layout.inputs) for layout in layouts)
+    inputs, segments, positions = (torch.zeros((len(layouts), longest), dtype=torch.int64) for _ in range(3))
     for row, layout in enumerate(layouts):
-        length = len(layout.segments)
-        answer_inputs = token_embeddings(model, torch.from_numpy(layout.inputs).to(device))
-        embeddings[row, :length] = torch.cat([prompts[starts[row] : starts[row + 1]], answer_inputs])
-        segments[row, :length] = torch.from_numpy(layout.segments).to(device)
-        positions[row, :length] = torch.from_numpy(layout.positions).to(device)
-    hidden, _ = hidden_states(
-        model,
-        embeddings,
-        attention_mask=_mask(segments, model.dtype if model.dtype != torch.float32 else embeddings.dtype),
-        position_ids=positions,
-        use_cache=False,
-    )
-    rows = np.repeat(np.arange(len(samples)), [len(layout.predicted) for layout in layouts])
+        inputs[row, : len(layout.inputs)] = torch.from_numpy(layout.inputs)
+        segments[row, : len(layout.inputs)] = torch.from_numpy(layout.segments)
+        positions[row, : len(layout.inputs)] = torch.from_numpy(layout.positions)
+    states = prompts.end[:, None]
+    if longest:
+        hidden, _ = hidden_states(
+            model,
+            token_embeddings(model, inputs.to(device)),
+            attention_mask=_mask(prompts.real, segments.to(device), model.dtype),
+            position_ids=prompts.lengths[:, None] + positions.to(device),
+            past_key_values=prompts.cache,
+            use_cache=True,
+        )
+        prompts.cache.crop(-longest)  # negative: how many positions to take off, in every supported transformers
+        states = torch.cat([states, hidden.to(states.dtype)], dim=1)
+    rows = np.repeat(np.arange(len(layouts)), [len(layout.predicted) for layout in layouts])
     columns = np.concatenate([layout.columns for layout in layouts])
-    predicted = np.concatenate([layout.predicted for layout in layouts])
     owners = np.concatenate([layout.owners for layout in layouts])
-    log_probabilities = _log_probabilities(model, hidden, rows, columns, predicted)
-    shape = (len(samples), len(samples[0].candidates))
-    total, tokens = np.zeros(shape), np.zeros(shape, dtype=np.int64)
+    predicted = np.concatenate([layout.predicted for layout in layouts])
+    log_probabilities = _log_probabilities(model, states, rows, columns, predicted)
+    total, tokens = np.zeros(candidates.shape), np.zeros(candidates.shape, dtype=np.int64)
     np.add.at(total, (rows, owners), log_probabilities)
     np.add.at(tokens, (rows, owners), 1)
     return Likelihoods(total, tokens)
@@ -93,59 +86,58 @@ def score_candidates(
 
 @dataclass(frozen=True)
 class _Layout:
-    """One row: the prompt (segment 0), then each answer without its last token (segments 1 … C)."""
+    """What follows one prompt: each answer without its last token, one after the other."""
 
     inputs: np.ndarray
-    """int64, token ids after the prompt"""
+    """int64 [S], token ids"""
     segments: np.ndarray
+    """int64 [S], which answer a token is of, from 1"""
     positions: np.ndarray
-    """int64 [prompt + inputs] each"""
+    """int64 [S], counted from the prompt's end"""
     columns: np.ndarray
+    """int64 [answer tokens], which state predicts the token: 0 = the prompt's end, s + 1 = the s-th input's"""
     predicted: np.ndarray
+    """int64 [answer tokens], the token"""
     owners: np.ndarray
-    """int64, one entry an answer token: the column whose state predicts it, its id, and which candidate it is of"""
+    """int64 [answer tokens], which answer it is of, from 0"""
 
     @classmethod
-    def of(cls, prompt: int, answers: list[np.ndarray]) -> _Layout:
-        inputs = [answer[:-1].astype(np.int64) for answer in answers]
-        lengths = np.array([len(part) for part in inputs])
-        first = prompt + np.cumsum(lengths) - lengths
-        columns = [
-            np.concatenate([[prompt - 1], start + np.arange(n)]) for start, n in zip(first, lengths, strict=True)
-        ]
+    def of(cls, answers: list[np.ndarray]) -> _Layout:
+        lengths = np.array([len(answer) - 1 for answer in answers])
+        first = np.cumsum(lengths) - lengths
+        spans = [np.arange(n) for n in lengths]
+        columns = [np.concatenate([[0], start + 1 + span]) for start, span in zip(first, spans, strict=True)]
         return cls(
-            inputs=np.concatenate(inputs),
-            segments=np.concatenate(
-                [np.zeros(prompt, dtype=np.int64), np.repeat(np.arange(len(answers)) + 1, lengths)]
-            ),
-            positions=np.concatenate([np.arange(prompt), *[prompt + np.arange(n) for n in lengths]]),
+            inputs=np.concatenate([answer[:-1] for answer in answers]).astype(np.int64),
+            segments=np.repeat(np.arange(len(answers)) + 1, lengths),
+            positions=np.concatenate(spans),
             columns=np.concatenate(columns),
-            predicted=np.concatenate([answer.astype(np.int64) for answer in answers]),
+            predicted=np.concatenate(answers).astype(np.int64),
             owners=np.repeat(np.arange(len(answers)), lengths + 1),
         )
 
 
-def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [N, 1, L, L]: causal, every position sees the prompt and its own segment."""
+def _mask(real: Tensor, segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask [N, 1, S, L + S]: an answer's token sees the whole prompt and its own answer so far."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    keys, queries = segments[:, None, :], segments[:, :, None]
-    allowed = causal & ((keys == 0) | (keys == queries))
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
+    own = causal & (segments[:, :, None] == segments[:, None, :])
+    allowed = torch.cat([real[:, None, :].expand(-1, length, -1), own], dim=2)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _log_probabilities(
-    model: HybridLlama, hidden: Tensor, rows: np.ndarray, columns: np.ndarray, predicted: np.ndarray
+    model: HybridLlama, states: Tensor, rows: np.ndarray, columns: np.ndarray, predicted: np.ndarray
 ) -> np.ndarray:
     """Log-probability of each predicted token given the state at (row, column), float64; the head runs in parts."""
-    states = hidden[torch.from_numpy(rows).to(hidden.device), torch.from_numpy(columns).to(hidden.device)]
-    targets = torch.from_numpy(predicted).to(hidden.device)
+    device = states.device
+    picked = states[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
+    targets = torch.from_numpy(predicted).to(device)
     parts = [
         -torch.nn.functional.cross_entropy(vocabulary_logits(model, part), target, reduction="none")
         for part, target in zip(
-            states.split(_POSITIONS_PER_HEAD_CALL), targets.split(_POSITIONS_PER_HEAD_CALL), strict=True
+            picked.split(_POSITIONS_PER_HEAD_CALL), targets.split(_POSITIONS_PER_HEAD_CALL), strict=True
         )
     ]
     return torch.cat(parts).double().cpu().numpy()

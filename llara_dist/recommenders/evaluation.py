@@ -173,10 +173,12 @@ def evaluate(data: Path, weights: Path, split: Literal["val", "test"] = "test") 
 def show(title: str, splits: dict[str, dict[str, Any]]) -> None:
     """Print the scores of one or more splits as a table for people."""
 
+    metrics = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@10")
+
     def row(name: str, scores: dict[str, Any]) -> list[str]:
         low, high = scores["candidates"]["hr@1_interval"]
-        ranking = [f"{scores['full'][metric]:.4f}" for metric in ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@10")]
-        return [name, str(scores["rows"]), *ranking, f"{scores['candidates']['hr@1']:.4f} [{low:.3f}, {high:.3f}]"]
+        among = [f"{scores['candidates']['hr@1']:.4f}", f"{low:.3f} … {high:.3f}"]
+        return [name, str(scores["rows"]), *[f"{scores['full'][metric]:.4f}" for metric in metrics], *among]
 
-    columns = ["split", "rows", "HR@1", "HR@5", "HR@10", "HR@20", "NDCG@10", "HR@1 among candidates [95 %]"]
+    columns = ["", "rows", *[metric.upper() for metric in metrics], "candidates HR@1", "95 %"]
     console.table(title, columns, [row(name, scores) for name, scores in splits.items()])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llara_dist import console
 from llara_dist.data.dataset import Dataset, load_dataset
+from llara_dist.distributed import World, pick_device
 from llara_dist.errors import InputError
 from llara_dist.hashing import permutation, text_seed
 from llara_dist.recommenders.evaluation import MODELS, rank_rows, show, summarise
@@ -38,7 +39,7 @@ def train(
     dropout: float = 0.3,
     positions: Literal["last", "all"] = "last",
     seed: int = 0,
-    device: str = "cpu",
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
 ) -> dict[str, Any]:
     """Train a sequential recommender and write its folder, the item table included.
 
@@ -62,7 +63,7 @@ def train(
         positions: what a training row predicts. "last": its target, as at evaluation, which is best where histories
             are long. "all": every item of its history as well, which learns in fewer steps where they are short.
         seed: of the initial weights, the order of rows and dropout.
-        device: torch device, e.g. cpu or cuda.
+        device: where to train; auto = CUDA where there is one.
 
     Returns:
         recommender.json as written: scores of val and test among other things.
@@ -85,7 +86,7 @@ def train(
         torch.manual_seed(seed)
         recommender = MODELS[model](
             num_items=dataset.num_items, max_history=dataset.max_history, dim=dim, **architecture
-        ).to(device)
+        ).to(pick_device(device, World()))
         curve = _fit(recommender, dataset, epochs, patience_epochs, batch_size, lr, weight_decay, positions, seed)
     recommender = recommender.cpu()
     scores = {split: summarise(rank_rows(recommender, dataset, split)) for split in ("val", "test")}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
-from llara_dist.evaluation.decode import Generation, generate, left_padded
+from llara_dist.evaluation.decode import Generation, generate
+from llara_dist.evaluation.prompts import left_padded, read_prompts
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.stream.batch import collate
 from tests.tiny import make_sample
@@ -43,6 +44,10 @@ def by_hand(model: HybridLlama, key: int, hybrid: bool, limit: int) -> Generatio
     return Generation(tokens, False)
 
 
+def answer(model: HybridLlama, keys, hybrid: bool, limit: int) -> list[Generation]:
+    return generate(model, read_prompts(model, [make_sample(key) for key in keys], hybrid), EOS, limit)
+
+
 @pytest.fixture
 def ending_llama(random_llama: Path) -> HybridLlama:
     """EOS is made likely enough that answers end at different lengths."""
@@ -58,43 +63,37 @@ def test_generation_equals_decoding_by_hand(ending_llama: HybridLlama, hybrid: b
     keys = range(16)
     with torch.no_grad():
         expected = [by_hand(ending_llama, key, hybrid, 12) for key in keys]
-    assert generate(ending_llama, [make_sample(key) for key in keys], hybrid, EOS, 12) == expected
-    lengths = {len(answer.tokens) for answer in expected}
+    assert answer(ending_llama, keys, hybrid, 12) == expected
+    lengths = {len(one.tokens) for one in expected}
     assert len(lengths) > 2, "the test needs answers of different lengths"
-    assert {answer.finished for answer in expected} == {True, False}
+    assert {one.finished for one in expected} == {True, False}
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
 @pytest.mark.parametrize("bits", [32, 4])
 def test_answers_do_not_depend_on_the_batch(random_llama: Path, attention: str, bits: int) -> None:
     model = build(random_llama, bits, attention)
-    samples = [make_sample(key) for key in range(12)]
-    alone = [generate(model, [sample], True, EOS, 10)[0] for sample in samples]
+    alone = [answer(model, [key], True, 10)[0] for key in range(12)]
     for size in (5, 12):
-        batched = [
-            answer
-            for start in range(0, 12, size)
-            for answer in generate(model, samples[start : start + size], True, EOS, 10)
-        ]
-        assert batched == alone
-    assert generate(model, samples[::-1], True, EOS, 10) == alone[::-1]
-    assert len({tuple(answer.tokens) for answer in alone}) > 6, "the test needs a model that tells prompts apart"
+        parts = [range(start, min(start + size, 12)) for start in range(0, 12, size)]
+        assert [one for part in parts for one in answer(model, part, True, 10)] == alone
+    assert answer(model, range(11, -1, -1), True, 10) == alone[::-1]
+    assert len({tuple(one.tokens) for one in alone}) > 6, "the test needs a model that tells prompts apart"
 
 
 def test_behaviour_embeddings_reach_the_answer(random_llama: Path) -> None:
     model = build(random_llama)
-    samples = [make_sample(key) for key in range(6)]
-    before = generate(model, samples, True, EOS, 8)
-    text = generate(model, samples, False, EOS, 8)
+    before, text = (answer(model, range(6), hybrid, 8) for hybrid in (True, False))
     model.item_table.mul_(-3.0)
-    assert generate(model, samples, True, EOS, 8) != before
-    assert generate(model, samples, False, EOS, 8) == text
+    assert answer(model, range(6), True, 8) != before
+    assert answer(model, range(6), False, 8) == text
 
 
 def test_the_limit_counts_eos_and_is_kept(random_llama: Path) -> None:
     model = build(random_llama)
-    answers = generate(model, [make_sample(0)], True, eos=-1, max_new_tokens=5)
-    assert [len(answer.tokens) for answer in answers] == [5]
+    prompts = read_prompts(model, [make_sample(0)], True)
+    answers = generate(model, prompts, eos=-1, max_new_tokens=5)
+    assert [len(one.tokens) for one in answers] == [5]
     assert not answers[0].finished
 
 

@@ -4,12 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from llara_dist.evaluation.scoring import score_candidates
+from llara_dist.data.samples import Sample
+from llara_dist.evaluation.decode import generate
+from llara_dist.evaluation.prompts import read_prompts
+from llara_dist.evaluation.scoring import Likelihoods, score_candidates
+from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.batch import collate
 from tests.tiny import make_sample
 from tests.unit.test_decode import build
 
 EOS = 1
+
+
+def score(model: HybridLlama, samples: list[Sample], hybrid: bool, answers: list[np.ndarray]) -> Likelihoods:
+    candidates = np.stack([sample.candidates for sample in samples])
+    return score_candidates(model, read_prompts(model, samples, hybrid), candidates, answers)
 
 
 @pytest.fixture
@@ -25,7 +34,7 @@ def test_scores_equal_those_of_each_answer_alone(
 ) -> None:
     model = build(random_llama, attention=attention)
     samples = [make_sample(key) for key in range(4)]
-    scores = score_candidates(model, samples, hybrid, answers)
+    scores = score(model, samples, hybrid, answers)
     for row, sample in enumerate(samples):
         for column, item in enumerate(sample.candidates):
             answer = torch.from_numpy(answers[item].astype(np.int64))
@@ -45,7 +54,7 @@ def test_the_targets_score_is_minus_the_training_loss(random_llama: Path) -> Non
     sample = make_sample(2)
     answers = [np.array([7, EOS], np.uint32)] * 50
     answers[sample.target] = sample.tokens[sample.answer_start : sample.answer_end]
-    scores = score_candidates(model, [sample], True, answers)
+    scores = score(model, [sample], True, answers)
     with torch.no_grad():
         loss = model(collate([sample], [True])).item()
     assert scores.total[0, sample.target_index] == pytest.approx(-loss, abs=1e-4)
@@ -57,8 +66,8 @@ def test_scores_do_not_depend_on_the_batch(
 ) -> None:
     model = build(random_llama, bits=bits)
     samples = [make_sample(key) for key in range(7)]
-    together = score_candidates(model, samples, True, answers).total
-    alone = np.concatenate([score_candidates(model, [sample], True, answers).total for sample in samples])
+    together = score(model, samples, True, answers).total
+    alone = np.concatenate([score(model, [sample], True, answers).total for sample in samples])
     np.testing.assert_allclose(together, alone, atol=tolerance)
     assert np.array_equal(together.argsort(axis=1), alone.argsort(axis=1))
 
@@ -66,6 +75,25 @@ def test_scores_do_not_depend_on_the_batch(
 def test_half_precision_scores_stay_close(random_llama: Path, answers: list[np.ndarray]) -> None:
     model = build(random_llama)
     samples = [make_sample(key) for key in range(3)]
-    exact = score_candidates(model, samples, True, answers).total
+    exact = score(model, samples, True, answers).total
     model.dtype = torch.bfloat16
-    np.testing.assert_allclose(score_candidates(model, samples, True, answers).total, exact, rtol=0.05)
+    np.testing.assert_allclose(score(model, samples, True, answers).total, exact, rtol=0.05)
+
+
+def test_ranking_leaves_the_prompts_as_they_were(random_llama: Path, answers: list[np.ndarray]) -> None:
+    model = build(random_llama)
+    samples = [make_sample(key) for key in range(5)]
+    candidates = np.stack([sample.candidates for sample in samples])
+    prompts = read_prompts(model, samples, True)
+    first = score_candidates(model, prompts, candidates, answers)
+    assert np.array_equal(score_candidates(model, prompts, candidates, answers).total, first.total)
+    untouched = generate(model, read_prompts(model, samples, True), EOS, 8)
+    assert generate(model, prompts, EOS, 8) == untouched
+
+
+def test_answers_of_eos_alone_need_no_further_pass(random_llama: Path) -> None:
+    model = build(random_llama)
+    sample = make_sample(1)
+    scores = score(model, [sample], True, [np.array([EOS], np.uint32)] * 50)
+    assert scores.tokens.tolist() == [[1] * 5]
+    assert len(set(scores.total[0].tolist())) == 1
