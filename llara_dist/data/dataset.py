@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from llara_dist.data.exclusions import row_exclusions, touched_items
 from llara_dist.data.log import Log
 from llara_dist.data.rows import Rows
+from llara_dist.data.wording import DOMAINS
 from llara_dist.errors import InputError
 from llara_dist.integrity import read_json, sha256_file, sha256_json, staged_folder, write_json
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
-DOMAINS = ("movie", "game", "artist")
 
 _INFO_FIELDS = {
     "hash": str,

@@ -13,11 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from llara_dist.data.dataset import DOMAINS
 from llara_dist.data.filters import FilterRules
 from llara_dist.data.sequences import SequenceRules
 from llara_dist.data.tables import TableSource
 from llara_dist.data.titles import TitleRules
+from llara_dist.data.wording import DOMAINS
 from llara_dist.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "shards" / "recipes"

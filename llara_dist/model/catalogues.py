@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from llara_dist.data.candidates import draw_candidates
-from llara_dist.data.prompts import DOMAINS, PromptEncoder, load_templates
+from llara_dist.data.prompts import PromptEncoder
 from llara_dist.data.synthetic import words
+from llara_dist.data.wording import DOMAINS, load_templates
 from llara_dist.hashing import text_seed, uniform
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llara_dist.data.prompts import encode_rows
+from llara_dist.data.units import encode_rows
 from llara_dist.model.catalogues import DrawnRows, Lesson, RowSource
 
 if TYPE_CHECKING:

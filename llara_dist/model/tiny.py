@@ -12,9 +12,9 @@ import torch
 
 from llara_dist.console import say
 from llara_dist.data.dataset import load_dataset
-from llara_dist.data.prompts import DOMAINS, load_templates
 from llara_dist.data.synthetic import words
 from llara_dist.data.tokenizer import load_tokenizer
+from llara_dist.data.wording import DOMAINS, load_templates
 from llara_dist.errors import InputError
 from llara_dist.integrity import staged_folder, write_json
 from llara_dist.model.catalogues import DatasetRows, RandomCatalogues

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from llara_dist.data.prompts import PromptEncoder, load_templates
+from llara_dist.data.prompts import PromptEncoder
+from llara_dist.data.wording import load_templates
 from llara_dist.stream.batch import Batch, collate, empty_batch
 
 from . import worlds

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llara_dist.data.prompts import PromptEncoder, Template, encode_rows, load_templates, shown_title
+from llara_dist.data.prompts import PromptEncoder, shown_title
 from llara_dist.data.tokenizer import load_tokenizer, plain_encoder, tokenizer_hash
+from llara_dist.data.units import encode_rows
+from llara_dist.data.wording import Template, load_templates
 from llara_dist.errors import InputError
 
 from . import worlds

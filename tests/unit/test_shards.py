@@ -18,14 +18,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from llara_dist.data.build import build, draw_templates, place_rows
+from llara_dist.data.build import build
 from llara_dist.data.dataset import load_dataset
 from llara_dist.data.inspect import find_sample, inspect_sample, matching_tokenizer
-from llara_dist.data.prompts import PromptEncoder, load_templates
+from llara_dist.data.prompts import PromptEncoder
 from llara_dist.data.samples import unpack
+from llara_dist.data.shard_writing import draw_templates, place_rows
 from llara_dist.data.shards import member_name, read_index, read_manifest, read_shards_info
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.data.verify import verify
+from llara_dist.data.wording import load_templates
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_bytes, sha256_json
 from llara_dist.stream.reader import ShardSet

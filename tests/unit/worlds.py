@@ -60,7 +60,7 @@ def titles(num_items: int = 60) -> list[str]:
 
 def corpus() -> list[str]:
     """Text to train a tokenizer on."""
-    from llara_dist.data.prompts import load_templates
+    from llara_dist.data.wording import load_templates
 
     texts = [template.text for domain in ("movie", "game", "artist") for template in load_templates(domain)]
     return texts * 5 + titles() * 3 + ["the quick brown fox, 1234 (jumps) over", "a  b   c"] * 5
