@@ -129,11 +129,17 @@ def _join_deepspeed(device: torch.device, timeout_s: float) -> None:
 
 
 def shut_down() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined.
+
+    Through DeepSpeed, which keeps a handle on the group: left in place, it would hand out the dead group to the next run
+    of the same process.
+    """
     import torch.distributed
 
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:

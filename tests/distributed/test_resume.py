@@ -172,3 +172,18 @@ def test_another_run_is_not_resumed(short: RunConfig, change: dict, message: str
     inputs = open_inputs(config, World())
     with pytest.raises(InputError, match=message):
         open_run(config, inputs, World(), torch.device("cpu"))
+
+
+def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
+    """What a notebook does: the process group of the first run is gone when the second begins."""
+    code = (
+        "import sys; from pathlib import Path; from llara_dist.training.loop import train; "
+        "from tests.runs import run_config; "
+        "[train(run_config(Path(sys.argv[1]), Path(sys.argv[2]) / name, 'zero2', max_steps=2)) for name in 'ab']"
+    )
+    arguments = [sys.executable, "-c", code, str(inputs), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
+    assert [row["loss"] for row in first] == [row["loss"] for row in second]
