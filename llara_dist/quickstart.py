@@ -40,7 +40,7 @@ class Settings:
     lora_rank: int = 8
     lora_lr: float = 2e-3
     projector_lr: float = 5e-3
-    recommender_epochs: int = 15
+    recommender_epochs: int = 12
 
 
 def quickstart(out: Path = Path("quickstart_out"), ranks: int = 0, steps: int = 0) -> dict[str, Any]:
