@@ -81,12 +81,13 @@ class RandomCatalogues:
         tokenizer: encodes the prompts.
         seed: of the catalogues' contents.
         count: how many different catalogues.
+        max_candidates: most candidates of a row.
     """
 
     max_history = 10
-    max_candidates = 20
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, count: int, max_candidates: int = 20) -> None:
+        self.max_candidates = max_candidates
         self._tokenizer = tokenizer
         self._templates = [load_templates(domain) for domain in DOMAINS]
         self._words = np.array(words().all)

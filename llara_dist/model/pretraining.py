@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _MATCHING_STEPS = 250
+"""steps in which copying hardly counts: matching starts from a faint gradient, which copying's drowns"""
 _NAME_WEIGHT = 0.5
+"""of the read-out that names each candidate's first token; without it copying takes thousands of steps"""
 _SKILL_TO_GROW = 0.65
+"""first answer tokens right, as a share of what the best guess gets, above which lessons grow harder"""
 _SHARE_TO_GROW = 0.2
+"""share of all steps that growing from the easiest to the hardest takes at least"""
 _TOKENS_PER_TITLE = 3.7
 _TOKENS_OF_TEMPLATE = 20
 
@@ -169,7 +173,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def lesson_of(
-    rng: np.random.Generator, level: float, source: RowSource, tokens: int, slots: bool
+    rng: np.random.Generator, level: float, source: RowSource, tokens: int, hybrid_share: float
 ) -> tuple[Lesson, bool]:
     """Choose a step's lesson and whether its answer repeats the list.
 
@@ -178,7 +182,7 @@ def lesson_of(
         level: 0 = a few candidates, clear signals; 1 = the source's most, signals as in the worlds to come.
         source: its most history and candidates are shown at level 1.
         tokens: roughly how many a step may take.
-        slots: whether the source has vectors to fill slots with.
+        hybrid_share: share of hybrid lessons.
     """
     most_candidates = 4 + round((source.max_candidates - 4) * level)
     most_history = 3 + round((source.max_history - 3) * level)
@@ -190,7 +194,7 @@ def lesson_of(
         candidates = int(rng.integers(fewest, most_candidates + 1))
         history = int(rng.integers(3, most_history + 1))
     length = _TOKENS_OF_TEMPLATE + _TOKENS_PER_TITLE * (candidates * (2 if repeat else 1) + history)
-    hybrid = slots and bool(rng.random() < 0.65)
+    hybrid = bool(rng.random() < hybrid_share)
     ease = float(max(0.0, 0.9 - level)) if rng.random() < 0.8 else 0.0
     return Lesson(max(8, int(tokens / length)), history, candidates, hybrid, ease), repeat
 
@@ -222,6 +226,8 @@ def pretrain(
     lr: float,
     matrix_lr: float,
     seed: int,
+    level: float = 0.0,
+    hybrid_share: float = 0.65,
     report: Callable[[StepReport], None] | None = None,
 ) -> None:
     """Train all weights of `model` in place for a fixed number of steps; equal arguments give equal weights.
@@ -235,6 +241,8 @@ def pretrain(
         lr: AdamW's, of embeddings, norms and the read-out.
         matrix_lr: Muon's, of the layers' matrices.
         seed: of rows, projections and the read-out.
+        level: how hard the first lessons are, 0 to 1; a fresh model starts at 0.
+        hybrid_share: share of steps whose slots are filled, where the source has vectors.
         report: called after each step.
     """
     rng = np.random.default_rng([seed, 0x7124])
@@ -251,10 +259,11 @@ def pretrain(
         torch.optim.AdamW([*others, readout, gather], lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     rates = [matrix_lr, lr]
-    level, skill = 0.0, 0.0
+    skill = 0.0
+    matching_steps = _MATCHING_STEPS if level == 0.0 else 0
     model.train()
     for step in range(steps):
-        lesson, repeat = lesson_of(rng, level, source, tokens_per_step, slots)
+        lesson, repeat = lesson_of(rng, level, source, tokens_per_step, hybrid_share if slots else 0.0)
         drawn = source.draw(rng, lesson)
         templates = rng.integers(len(drawn.encoder.templates), size=lesson.rows)
         rows = pad_rows(drawn, templates, lesson.hybrid, repeat)
@@ -281,8 +290,7 @@ def pretrain(
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * scale
             optimizer.zero_grad()
-        # Matching starts from a faint gradient, which copying's would drown: it comes first, alone.
-        copying = 0.05 if step < _MATCHING_STEPS else 1.0
+        copying = 0.05 if step < matching_steps else 1.0
         (readout_loss + copying * (loss + _NAME_WEIGHT * name_loss)).backward()
         nn.utils.clip_grad_norm_([*others, readout, gather], 1.0)
         for optimizer in optimizers:

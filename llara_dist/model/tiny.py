@@ -16,7 +16,7 @@ from llara_dist.data.synthetic import words
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.data.wording import DOMAINS, load_templates
 from llara_dist.errors import InputError
-from llara_dist.integrity import staged_folder, write_json
+from llara_dist.integrity import read_json, staged_folder, write_json
 from llara_dist.model.catalogues import DatasetRows, RandomCatalogues
 from llara_dist.model.pretraining import ProgressLog, pretrain
 
@@ -96,11 +96,26 @@ def new_llama(
     return model
 
 
+def _load(folder: Path) -> LlamaForCausalLM:
+    """A tiny Llama from its folder, float32.
+
+    Raises:
+        InputError: no folder, or one not made by this command.
+    """
+    from transformers import LlamaForCausalLM
+
+    read_json(folder / "pretraining.json", "a folder made by `llara-dist tiny-llama`")
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+
+
 def tiny_llama(
     out: Path,
     data: Path | None = None,
     catalogues: int | None = None,
     tokenizer: Path | None = None,
+    start: Path | None = None,
+    max_candidates: int = 20,
+    hybrid_share: float = 0.65,
     hidden: int = 128,
     layers: int = 4,
     heads: int = 4,
@@ -118,7 +133,7 @@ def tiny_llama(
 
     With --catalogues it sees random synthetic catalogues and learns to read, match and copy any titles made of their
     words; it learns nothing of the quickstart's own. With --data it sees the text-only prompts of that data set's
-    training rows. The base that the package ships was made by the first example, in about an hour on one core.
+    training rows. The base that the package ships was made by the first example, in half an hour on one core.
 
     Example:
         llara-dist tiny-llama --catalogues 1000000 --out tiny
@@ -127,8 +142,12 @@ def tiny_llama(
     Args:
         out: new folder in transformers' form, model and tokenizer.
         data: data set folder whose training rows to show.
-        catalogues: how many random catalogues to show instead, one a step, in turn.
+        catalogues: how many random catalogues to draw rows from instead; each row shows one of them.
         tokenizer: folder with a tokenizer; by default one is trained on the titles and the prompts' wordings.
+        start: folder of a tiny Llama to go on from, at full difficulty, instead of random weights; its tokenizer and
+            its sizes are kept.
+        max_candidates: most candidates of a row, with --catalogues.
+        hybrid_share: share of steps whose slots hold behaviour vectors, with --catalogues.
         hidden: width h of the model; the inner width of its feed-forward layers is 3 h.
         layers: number of layers.
         heads: attention heads.
@@ -150,14 +169,17 @@ def tiny_llama(
         raise InputError(f"tiny-llama: --catalogues is {catalogues}, must be at least 1")
     dataset = None if data is None else load_dataset(data)
     with staged_folder(out) as staging:
-        if tokenizer is not None:
-            made = load_tokenizer(tokenizer)
+        if start is not None or tokenizer is not None:
+            made = load_tokenizer(start or tokenizer)  # pyright: ignore[reportArgumentType]
         elif dataset is not None:
             texts = [template.render(["a"], ["a"]) for template in load_templates(dataset.domain)]
             made = train_tokenizer([" " + title for title in dataset.titles] + texts, vocab_size)
         else:
             made = train_tokenizer(_catalogue_texts(), vocab_size)
-        model = new_llama(made, hidden, layers, heads, head_dim, seed)
+        if start is None:
+            model = new_llama(made, hidden, layers, heads, head_dim, seed)
+        else:
+            model = _load(start)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         say(f"tiny Llama: {parameters:,} parameters, {len(made):,} tokens in the vocabulary, {steps:,} steps")
         log = ProgressLog(every=max(1, min(100, steps // 10)), steps=steps)
@@ -171,7 +193,7 @@ def tiny_llama(
             source = DatasetRows(made, dataset, seed)
         else:
             assert catalogues is not None
-            source = RandomCatalogues(made, CATALOGUE_SEED + seed, catalogues)
+            source = RandomCatalogues(made, CATALOGUE_SEED + seed, catalogues, max_candidates)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
@@ -184,6 +206,8 @@ def tiny_llama(
                 lr=lr,
                 matrix_lr=matrix_lr,
                 seed=seed,
+                level=0.0 if start is None else 1.0,
+                hybrid_share=hybrid_share,
                 report=report,
             )
         finally:
@@ -196,10 +220,13 @@ def tiny_llama(
             "vocabulary": len(made),
             "catalogues": catalogues,
             "data": None if dataset is None else dataset.hash,
-            "hidden": hidden,
-            "layers": layers,
-            "heads": heads,
-            "head_dim": head_dim,
+            "start": None if start is None else read_json(start / "pretraining.json", "how --start was pre-trained"),
+            "max_candidates": source.max_candidates,
+            "hybrid_share": hybrid_share,
+            "hidden": model.config.hidden_size,
+            "layers": model.config.num_hidden_layers,
+            "heads": model.config.num_attention_heads,
+            "head_dim": model.config.head_dim,
             "steps": steps,
             "tokens_per_step": tokens_per_step,
             "lr": lr,
