@@ -70,6 +70,7 @@ def new_llama(
     """A Llama with random weights, float32, tied embeddings, for prompts of up to 1,024 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    bos: Any = tokenizer.bos_token_id
     eos: Any = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -83,7 +84,7 @@ def new_llama(
         # Slow rotation leaves most of a head's dimensions to match content by, wherever it stands.
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=bos,
         eos_token_id=eos,
         pad_token_id=eos,
         rms_norm_eps=1e-5,
@@ -92,19 +93,15 @@ def new_llama(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         # Logits are products with these rows: of norm 1, the uniform guess is where training starts.
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=hidden**-0.5)
+        embedding: Any = model.get_input_embeddings()
+        torch.nn.init.normal_(embedding.weight, std=hidden**-0.5)
     return model
 
 
 def _load(folder: Path) -> LlamaForCausalLM:
-    """A tiny Llama from its folder, float32.
-
-    Raises:
-        InputError: no folder, or one not made by this command.
-    """
+    """A tiny Llama from its folder, float32."""
     from transformers import LlamaForCausalLM
 
-    read_json(folder / "pretraining.json", "a folder made by `llara-dist tiny-llama`")
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
@@ -167,6 +164,12 @@ def tiny_llama(
         raise InputError("tiny-llama: sizes and steps must be at least 1, head_dim even")
     if catalogues is not None and catalogues < 1:
         raise InputError(f"tiny-llama: --catalogues is {catalogues}, must be at least 1")
+    if not 4 <= max_candidates <= 40 or not 0.0 <= hybrid_share <= 1.0:
+        raise InputError(
+            f"tiny-llama: --max_candidates {max_candidates} must be 4 to 40, --hybrid_share {hybrid_share} 0 to 1"
+        )
+    if start is not None:
+        read_json(start / "pretraining.json", "a folder made by `llara-dist tiny-llama`")
     dataset = None if data is None else load_dataset(data)
     with staged_folder(out) as staging:
         if start is not None or tokenizer is not None:

@@ -53,9 +53,28 @@ def test_ten_steps_are_the_same_twice_and_lower_the_loss(tmp_path: Path) -> None
     assert not torch.equal(made(tmp_path / "three")["model.norm.weight"], one["model.norm.weight"])
 
 
+def test_going_on_starts_from_the_earlier_weights(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "one", catalogues=50, save_as="float32", **SMALL)
+    on = tiny_llama(tmp_path / "two", start=tmp_path / "one", catalogues=50, **{**SMALL, "steps": 1, "hidden": 999})
+    assert on["hidden"] == SMALL["hidden"]
+    assert on["start"]["steps"] == SMALL["steps"]
+    one, two = made(tmp_path / "one"), made(tmp_path / "two")
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = float((one[name] - two[name].float()).norm() / one[name].norm())
+    assert 0.0 < moved < 0.05
+    with pytest.raises(InputError, match="tiny-llama"):
+        tiny_llama(tmp_path / "three", start=tmp_path, catalogues=50, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({}, "--data"), ({"catalogues": 0}, "--catalogues"), ({"catalogues": 1, "head_dim": 15}, "head_dim")],
+    [
+        ({}, "--data"),
+        ({"catalogues": 0}, "--catalogues"),
+        ({"catalogues": 1, "head_dim": 15}, "head_dim"),
+        ({"catalogues": 1, "max_candidates": 3}, "--max_candidates"),
+        ({"catalogues": 1, "hybrid_share": 1.5}, "--hybrid_share"),
+    ],
 )
 def test_bad_arguments_leave_nothing(tmp_path: Path, arguments: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
@@ -63,15 +82,15 @@ def test_bad_arguments_leave_nothing(tmp_path: Path, arguments: dict, named: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lessons_grow_with_the_level() -> None:
-    source = RandomCatalogues.__new__(RandomCatalogues)
+def test_lessons_grow_with_the_level(base: tuple[LlamaForCausalLM, Any]) -> None:
+    source = RandomCatalogues(base[1], 7, 1)
     rng = np.random.default_rng(0)
-    first = [lesson_of(rng, 0.0, source, 1500, True)[0] for _ in range(50)]
-    last = [lesson_of(rng, 1.0, source, 1500, True)[0] for _ in range(50)]
+    first = [lesson_of(rng, 0.0, source, 1500, 0.7)[0] for _ in range(50)]
+    last = [lesson_of(rng, 1.0, source, 1500, 0.7)[0] for _ in range(50)]
     assert {lesson.num_candidates for lesson in first} == {4}
     assert max(lesson.num_candidates for lesson in last) == 20
     assert max(lesson.num_history for lesson in last) == 10
-    assert not any(lesson.hybrid for lesson in (lesson_of(rng, 1.0, source, 1500, False)[0] for _ in range(20)))
+    assert not any(lesson.hybrid for lesson in (lesson_of(rng, 1.0, source, 1500, 0.0)[0] for _ in range(20)))
 
 
 def test_a_catalogue_is_a_function_of_its_number(base: tuple[LlamaForCausalLM, Any]) -> None:
