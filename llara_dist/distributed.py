@@ -131,8 +131,8 @@ def _join_deepspeed(device: torch.device, timeout_s: float) -> None:
 def shut_down() -> None:
     """Leave the process group, if one was joined.
 
-    Through DeepSpeed, which keeps a handle on the group: left in place, it would hand out the dead group to the next run
-    of the same process.
+    Through DeepSpeed, which keeps a handle on the group: left in place, it would hand out the dead group to the next
+    run of the same process.
     """
     import torch.distributed
 

@@ -78,7 +78,7 @@ def quickstart(out: Path = Path("quickstart_out"), ranks: int = 0, steps: int = 
     options = ["--data", str(data), "--out", str(recommender), "--positions", "all"]
     options += ["--epochs", str(settings.recommender_epochs)]
     stage("recommender", lambda: launch(["recommender", "train", *options], 1, out, "recommender"))
-    stage("shards", lambda: build(data=data, tokenizer=base, out=shards, processes=ranks))
+    stage("shards", lambda: build(data=data, tokenizer=str(base), out=shards, processes=ranks))
     for arm in ARMS:
         options = train_options(arm, settings, base, shards, recommender, out / arm)
         stage(f"train {arm}", lambda options=options, arm=arm: launch(["train", *options], ranks, out, f"train-{arm}"))

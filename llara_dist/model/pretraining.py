@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -247,7 +247,8 @@ def pretrain(
     """
     rng = np.random.default_rng([seed, 0x7124])
     generator = torch.Generator().manual_seed(seed)
-    embedding = model.get_input_embeddings().weight
+    embed: Any = model.get_input_embeddings()
+    embedding: Tensor = embed.weight
     width = embedding.shape[1]
     readout = (torch.randn(width, generator=generator) * width**-0.5).requires_grad_()
     gather = torch.eye(width).requires_grad_()
@@ -267,7 +268,7 @@ def pretrain(
         drawn = source.draw(rng, lesson)
         templates = rng.integers(len(drawn.encoder.templates), size=lesson.rows)
         rows = pad_rows(drawn, templates, lesson.hybrid, repeat)
-        inputs = model.get_input_embeddings()(rows.tokens)
+        inputs = embed(rows.tokens)
         if drawn.latents is not None:
             rms = float(embedding.detach().square().mean().sqrt())
             vectors = random_projections(torch.from_numpy(drawn.latents), width, rms, generator).flatten(0, 1)

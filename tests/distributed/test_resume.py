@@ -183,7 +183,9 @@ def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
     )
     arguments = [sys.executable, "-c", code, str(inputs), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stderr
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
     assert [row["loss"] for row in first] == [row["loss"] for row in second]

@@ -53,6 +53,14 @@ def test_ten_steps_are_the_same_twice_and_lower_the_loss(tmp_path: Path) -> None
     assert not torch.equal(made(tmp_path / "three")["model.norm.weight"], one["model.norm.weight"])
 
 
+def test_a_data_set_is_shown_as_text_only_with_its_own_tokenizer(tmp_path: Path, inputs: Path) -> None:
+    result = tiny_llama(tmp_path / "out", data=inputs / "data", **{**SMALL, "steps": 20})
+    assert result["data"] == json.loads((inputs / "data" / "dataset.json").read_text())["hash"]
+    curve = json.loads((tmp_path / "out" / "pretraining.json").read_text())["curve"]
+    assert not [name for record in curve for name in record if name.startswith("hybrid_")]
+    assert curve[-1]["text_loss"] < curve[0]["text_loss"]
+
+
 def test_going_on_starts_from_the_earlier_weights(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "one", catalogues=50, save_as="float32", **SMALL)
     on = tiny_llama(tmp_path / "two", start=tmp_path / "one", catalogues=50, **{**SMALL, "steps": 1, "hidden": 999})
