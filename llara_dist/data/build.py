@@ -90,8 +90,11 @@ def build(
         raise InputError(f"--passes is {passes}; at most 99")
     if processes is not None and processes < 1:
         raise InputError(f"--processes is {processes}; must be at least 1")
-    if Path(out).exists() and not overwrite and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise InputError(f"{out}: exists already; remove it, choose another --out, or give --overwrite true")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        if not overwrite:
+            raise InputError(f"{out}: exists already; remove it, choose another --out, or give --overwrite true")
+        if not (Path(out) / form.SHARDS).is_file():
+            raise InputError(f"{out}: --overwrite true replaces a shards folder only, and this is none")
     dataset = load_dataset(Path(data))
     loaded = load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, dataset.titles, load_templates(templates or dataset.domain), max_title_tokens)

@@ -26,6 +26,8 @@ from llara_dist.training.trained import load_trained
 
 HR_AT = (1, 3, 5, 10)
 NDCG_AT = (3, 5, 10)
+FILES = ("predictions.parquet", "metrics.json")
+"""what an evaluation's folder holds"""
 
 
 def evaluate(
@@ -60,7 +62,8 @@ def evaluate(
         max_new_tokens: the longest answer, EOS included.
         shards: the run's shards, if they no longer lie where it was trained.
         device: auto, cpu or cuda.
-        out: folder for predictions.parquet and metrics.json, replaced if there; default RUN/evaluation/SPLIT-FORM.
+        out: folder for predictions.parquet and metrics.json, which replaces an earlier evaluation but nothing else;
+            default RUN/evaluation/SPLIT-FORM.
 
     Returns:
         metrics.json: "valid_ratio", "hr@1" (over all rows), "hr@1_valid" (over valid rows), "protocols", "ranking"
@@ -76,6 +79,8 @@ def evaluate(
         )
     if not (generation or ranking):
         raise InputError("--generation false and --ranking false: nothing is left to evaluate")
+    if out is not None:
+        check_replaceable(Path(out))
     world = distributed.read_world()
     target_device = distributed.pick_device(device, world)
     trained = load_trained(Path(run), target_device)
@@ -127,6 +132,16 @@ def evaluate(
         result["out"] = str(folder)
         show(result)
     return result
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to put results in the place of anything but nothing, an empty folder or an earlier evaluation.
+
+    Raises:
+        InputError: `out` is a file, or holds what no evaluation wrote.
+    """
+    if out.exists() and (not out.is_dir() or any(path.name not in FILES for path in out.iterdir())):
+        raise InputError(f"{out}: exists and is no evaluation's folder; choose another --out")
 
 
 def form_is_hybrid(form: Literal["auto", "hybrid", "text"], config: RunConfig) -> bool:

@@ -171,6 +171,19 @@ def test_bad_input_has_one_clear_line_and_writes_nothing(tuned: Path, tmp_path: 
     assert not out.exists()
 
 
+def test_only_an_earlier_evaluation_is_replaced(tuned: Path, result: dict, tmp_path: Path) -> None:
+    run = shutil.copytree(tuned / "run", tmp_path / "run")
+    before = sorted(run.rglob("*"))
+    (tmp_path / "file").touch()
+    for out in (run, run / "checkpoints", tmp_path / "file"):
+        with pytest.raises(InputError, match="is no evaluation's folder"):
+            evaluate(run, out=out, device="cpu")
+    assert sorted(run.rglob("*")) == before
+    for _ in range(2):
+        evaluate(run, out=tmp_path / "out", generation=False, limit=1, device="cpu")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.parquet", "metrics.json"}
+
+
 def _other_tokenizer(folder: Path) -> Path:
     byte_level(vocabulary=500).save_pretrained(folder)
     return folder

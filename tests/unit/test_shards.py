@@ -246,6 +246,9 @@ def test_existing_folder_needs_overwrite(root, copy):
     with pytest.raises(InputError, match="exists already"):
         build(root / "data", str(root / "tokenizer"), copy, **settings)
     assert files(copy) == before
+    with pytest.raises(InputError, match="replaces a shards folder only"):
+        build(root / "data", str(root / "tokenizer"), root / "data", overwrite=True, **settings)
+    assert (root / "data" / "dataset.json").is_file()
     build(root / "data", str(root / "tokenizer"), copy, overwrite=True, **settings)
     assert read_shards_info(copy)["recipe"]["passes"] == 1
     assert verify(copy)["ok"]
