@@ -118,7 +118,8 @@ class ShardSet:
             problem = f"holds key {sample.key} of pass {sample.pass_index}"
         raise InputError(
             f"{self._path(shard)}: sample at offset {offset}, key {key}: {problem}; "
-            f"run `llara-dist shards verify {self.folder.parent}` and restore the shard or rebuild"
+            f"run `llara-dist shards verify {self.folder.parent}` and restore the shard or rebuild",
+            everywhere=False,
         )
 
     def _path(self, shard: int) -> Path:
@@ -131,7 +132,7 @@ class ShardSet:
             try:
                 self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise InputError(f"{self._path(shard)}: cannot be read ({error.strerror})") from None
+                raise InputError(f"{self._path(shard)}: cannot be read ({error.strerror})", everywhere=False) from None
         return self._files[shard]
 
     def close(self) -> None:
