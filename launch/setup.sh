@@ -33,6 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 "$python" -m pip install -q "$(grep '^torch==' launch/constraints.txt)"
 # DeepSpeed's compiled operators are not used.
 DS_BUILD_OPS=0 "$python" -m pip install -q -c launch/constraints.txt --no-build-isolation -e ".${extras:+[$extras]}"
+find .venv -maxdepth 1 -name 'installed-*' ! -name "${stamp##*/}-*" -delete
 for extra in core "$@"; do
     touch "$stamp-$extra"
 done

@@ -172,7 +172,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         debug = given.pop("debug")
         given = {"config": RunConfig(**given), "debug": debug}
     result = function(**given)
-    if as_json:
+    if as_json and read_world().is_main:
         print(json.dumps(result), flush=True)
 
 
@@ -192,6 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(overview())
         sys.exit(0 if given else 2)
+    if given[0] in GROUPS and given[1:2] in ([], ["-h"], ["--help"]):
+        names = [name for name in COMMANDS if name.startswith(given[0] + " ")]
+        print(f"llara-dist {given[0]}: {GROUPS[given[0]]}\n")
+        print("\n".join(f"  llara-dist {name}  {COMMANDS[name].summary}" for name in names))
+        sys.exit(0 if given[1:] else 2)
     if given[0] == "--version":
         print(__version__)
         sys.exit(0)
@@ -199,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_command(*find_command(given))
     except InputError as error:
         report(error)
+        sys.exit(2)
+    except OSError as error:
+        report(InputError(f"{error.filename or given[0]}: {error.strerror or error}", everywhere=False))
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -30,7 +30,6 @@ class ModelConfig:
         quant_storage: dtype that holds the packed 4-bit weights; uint8 or the dtype DeepSpeed trains in (float32).
         attention: packed = variable-length attention over the packed row; sdpa, eager = transformers' own.
         activation_checkpointing: recompute each layer in the backward pass: less memory, about a third more time.
-        trust_remote_code: let transformers run code that comes with the model; off unless you say so.
     """
 
     path: str = ""
@@ -40,7 +39,6 @@ class ModelConfig:
     quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
     attention: Literal["packed", "sdpa", "eager"] = "packed"
     activation_checkpointing: bool = False
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -184,6 +182,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lora_lr", "projector_lr"):
             _require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: must be positive")
+        for name in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, f"optimizer.{name}={getattr(self, name)}: must be in [0, 1)")
+        for name in ("epsilon", "lora_weight_decay", "projector_weight_decay"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)}: must not be negative")
         _require(0.0 <= self.warmup_fraction < 1.0, f"optimizer.warmup_fraction={self.warmup_fraction}: in [0, 1)")
         _require(0.0 <= self.floor <= 1.0, f"optimizer.floor={self.floor}: must be in [0, 1]")
         _require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: must not be negative")
@@ -219,7 +221,8 @@ class RunConfig:
         curriculum: text-only → hybrid.
         optimizer: rates and decay.
         checkpoint: when to save.
-        deepspeed: a ds_config file: ZeRO stage, communication, precision; never batch size, optimizer or schedule.
+        deepspeed: a ds_config file: ZeRO stage, communication, precision; never batch size, optimizer or schedule; one
+            of the checkout's own (ds_configs/zero1.json) is found from any folder.
         out: the run's folder.
         seed: of sample order, draws, dropout and initialisation.
         resume: no = start anew; auto = go on from the newest complete checkpoint under `out`, if any.

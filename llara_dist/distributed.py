@@ -74,9 +74,13 @@ def pick_device(wanted: str, world: World) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("device=cuda: torch sees no CUDA device; use --device auto or cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if visible == 1 and "SLURM_PROCID" in os.environ:
+        return torch.device("cuda", 0)  # each task was bound to a GPU of its own and sees no other
+    if world.local_rank >= visible:
         raise InputError(
-            f"local rank {world.local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}"
+            f"local rank {world.local_rank} has no GPU of its own: this node shows {visible}; start fewer ranks",
+            everywhere=False,
         )
     return torch.device("cuda", world.local_rank)
 

@@ -61,7 +61,9 @@ def quickstart(out: Path = Path("quickstart_out"), ranks: int = 0, steps: int = 
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: holds something already; remove it or choose another --out")
     settings = Settings() if steps == 0 else Settings(steps=steps)
-    ranks = ranks or min(2, os.cpu_count() or 1)
+    if ranks < 0 or steps < 0:
+        raise InputError(f"--ranks {ranks} and --steps {steps} must not be negative")
+    ranks = ranks or default_ranks()
     data, recommender, shards = out / "data", out / "recommender", out / "shards"
     seconds: dict[str, float] = {}
 
@@ -94,6 +96,13 @@ def quickstart(out: Path = Path("quickstart_out"), ranks: int = 0, steps: int = 
         say(sentence)
     say(f"\nreport: {out / 'report.html'}")
     return {"out": str(out), "report": str(out / "report.html"), "seconds": seconds, **page}
+
+
+def default_ranks() -> int:
+    """Two processes where there are two GPUs, or no GPU and two cores; else one."""
+    import torch
+
+    return min(2, torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1)
 
 
 def report(out: Path, settings: Settings, base: Path, ranks: int, seconds: dict[str, float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from logging import getLogger
@@ -47,9 +48,7 @@ def read_llama_config(config: ModelConfig) -> LlamaConfig:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; model.path must be a transformers model folder or a hub id")
     try:
-        loaded = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        loaded = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"model.path={config.path}: not a readable model folder or hub id ({first_line})") from None
@@ -96,7 +95,7 @@ def load_llama(config: ModelConfig, device: torch.device, place: bool = True) ->
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=False,
             dtype={4: dtype, 16: torch.bfloat16, 32: torch.float32}[config.bits],
             quantization_config=quantization,
             attn_implementation=config.attention,
@@ -172,21 +171,40 @@ def base_fingerprint(config: ModelConfig) -> str:
     """
     import hashlib
 
-    from transformers.utils.hub import cached_file
-
-    folder = Path(config.path)
-    if not folder.is_dir():
-        resolved = cached_file(config.path, "config.json", revision=config.revision)
-        assert resolved is not None
-        folder = Path(resolved).parent
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{folder}: no *.safetensors; weights in other formats are not loaded")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weights:
+    digest = hashlib.sha256(_model_file(config, "config.json").read_bytes())
+    for name in _weight_files(config):
+        path = _model_file(config, name)
         size = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(f"{path.name}:{size}:".encode() + file.read(1 << 20))
+            digest.update(f"{name}:{size}:".encode() + file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def _weight_files(config: ModelConfig) -> list[str]:
+    """The names of the weight files that transformers loads: one, or those that the index lists."""
+    from transformers.utils.hub import cached_file
+
+    index = cached_file(
+        config.path,
+        "model.safetensors.index.json",
+        revision=config.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if index is None:
+        return ["model.safetensors"]
+    return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+
+
+def _model_file(config: ModelConfig, name: str) -> Path:
+    """A file of the model, downloaded first where `path` is a hub id."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(config.path, name, revision=config.revision)
+    except OSError:
+        found = None
+    if found is None:
+        raise InputError(f"model.path={config.path}: has no {name}; weights in other formats are not loaded")
+    return Path(found)

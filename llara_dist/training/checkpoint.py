@@ -95,10 +95,26 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], keep_la
             write_json(staging / "state.json", {"format_version": FORMAT_VERSION, **state})
             hashes = {file.name: sha256_file(file) for file in sorted(staging.iterdir())}
             write_json(staging / MARKER, {"format_version": FORMAT_VERSION, "sha256": hashes})
-        for old in sorted(folder.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(old)
+        rotate(folder, path, keep_last)
     distributed.barrier()
     return path
+
+
+def rotate(folder: Path, newest: Path, keep_last: int) -> None:
+    """Keep the checkpoint just written and the newest complete ones before it; remove all else.
+
+    What lies after it was passed over as damaged when this run resumed; hidden folders are left from killed writers.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        newest: the checkpoint just written; it always stays.
+        keep_last: how many complete checkpoints stay, `newest` included.
+    """
+    older = [path for path in sorted(folder.glob("step-*")) if path < newest and (path / MARKER).is_file()]
+    kept = {newest, *older[::-1][: keep_last - 1]}
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def _adapter_config(model: HybridLlama) -> dict[str, Any]:
@@ -116,7 +132,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: incomplete, damaged, or of another format.
     """
     marker = read_json(path / MARKER, "a checkpoint's completion marker")
-    for name, expected in marker["sha256"].items():
+    hashes = marker.get("sha256")
+    if not isinstance(hashes, dict) or "state.json" not in hashes:
+        raise InputError(f"{path / MARKER}: lists no files; the checkpoint is damaged")
+    for name, expected in hashes.items():
         if not (path / name).is_file():
             raise InputError(f"{path / name}: missing from the checkpoint")
         if sha256_file(path / name) != expected:

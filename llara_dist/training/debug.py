@@ -19,13 +19,16 @@ from llara_dist.training.engine import StepResult
 from llara_dist.training.memory import peak_memory_mib
 
 STEPS = 4
+MARK = "debug"
+"""The folder inside OUT-debug by which it is known as ours."""
 SAMPLES = 8
 
 
 def shrink(config: RunConfig, world: World) -> RunConfig:
     """The same run with few steps of few samples, read in this process, in a folder `OUT-debug` of its own.
 
-    The folder is made anew each time. Model, shards, recommender, curriculum, rates and ZeRO stage stay as they are.
+    The folder is made anew each time (`clear`). Model, shards, recommender, curriculum, rates and ZeRO stage stay as
+    they are.
 
     Raises:
         InputError: more than one process was started.
@@ -34,12 +37,10 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
         raise InputError(
             f"--debug runs in one process, {world.size} were started: use plain `llara-dist train --debug`"
         )
-    out = config.out.with_name(config.out.name + "-debug")
-    if (out / "debug").is_dir() or (out / "config.json").is_file():
-        shutil.rmtree(out)
+    resolved = config.out.resolve()
     return dataclasses.replace(
         config,
-        out=out,
+        out=resolved.with_name(resolved.name + "-debug"),
         resume="no",
         log_every_steps=1,
         data=dataclasses.replace(
@@ -50,6 +51,19 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
         ),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
     )
+
+
+def clear(out: Path) -> None:
+    """Remove the folder of an earlier debug run, and nothing else.
+
+    Raises:
+        InputError: `out` is there and no debug run made it.
+    """
+    if not out.exists():
+        return
+    if not (out / MARK).is_dir():
+        raise InputError(f"{out}: exists and was not made by --debug; remove it or choose another --out")
+    shutil.rmtree(out)
 
 
 def describe_sample(batch: Batch, index: int, tokenizer: object) -> tuple[str, list[str]]:
@@ -111,7 +125,8 @@ class Debugger:
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self._out = config.out / "debug"
+        self._out = config.out / MARK
+        self._out.mkdir(parents=True)
         self._device = device
         self._tokenizer = load_tokenizer(config.model.path)
         self._shown: set[bool] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from llara_dist.hashing import hash64, text_seed
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.loader import Step
 
+CHECKOUT = Path(__file__).parents[2]
+"""Where ds_configs/ lies; the package is installed from a checkout."""
+
 OURS = {
     "train_batch_size": "data.global_batch_samples",
     "train_micro_batch_size_per_gpu": "data.max_tokens_per_microbatch",
@@ -25,6 +29,7 @@ OURS = {
     "optimizer": "optimizer.*",
     "scheduler": "optimizer.warmup_fraction",
     "fp16": "model.compute_dtype",
+    "bfloat16": "model.compute_dtype",
     "amp": "model.compute_dtype",
     "torch_autocast": "model.compute_dtype",
 }
@@ -37,14 +42,20 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, not JSON, or a key that belongs to the run's configuration or is known to corrupt it.
     """
+    if not path.is_absolute() and not path.exists() and (CHECKOUT / path).is_file():
+        path = CHECKOUT / path
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: ds_config not found; see ds_configs/") from None
+    except OSError as error:
+        problem = "not found; see ds_configs/" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError(f"{path}: ds_config {problem}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: a ds_config is a JSON object")
+    for section in ("zero_optimization", "data_types", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise InputError(f"{path}: {section} must be an object, found {config[section]!r}")
     for key, ours in OURS.items():
         if key in config:
             raise InputError(f"{path}: {key} may not be set in a ds_config; it is set by {ours} of the run: remove it")
@@ -104,6 +115,7 @@ class Engine:
         seed: int,
     ) -> None:
         import deepspeed
+        from pydantic import ValidationError
 
         # DeepSpeed's own calls, of which it says nothing that a user could act on.
         warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
@@ -122,21 +134,26 @@ class Engine:
         )
         self._engine: Any
         self._optimizer: Any
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw,
-            config={
-                "steps_per_print": 1 << 60,
-                "data_types": {"grad_accum_dtype": "fp32"},
-                **ds_config,
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": optimizer.max_grad_norm,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            },
-            dist_init_required=False,
-        )
+        try:
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw,
+                config={
+                    "steps_per_print": 1 << 60,
+                    "data_types": {"grad_accum_dtype": "fp32"},
+                    **ds_config,
+                    "train_micro_batch_size_per_gpu": 1,
+                    "gradient_accumulation_steps": 1,
+                    "gradient_clipping": optimizer.max_grad_norm,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                },
+                dist_init_required=False,
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"ds_config: zero_optimization.{field}: {first['msg']}") from None
         self._engine.train()
 
     @property
@@ -154,19 +171,31 @@ class Engine:
             step: this rank's micro-batches; equally many on every rank.
             lora_lr: rate of the adapters.
             projector_lr: rate of the projector; 0 holds it exactly still (decay is off too).
+
+        Raises:
+            FloatingPointError: the loss is not finite, on every rank, before anything is updated.
         """
         for group, rate, decay in zip(self._optimizer.param_groups, (lora_lr, projector_lr), self._decay, strict=True):
             group["lr"], group["weight_decay"] = rate, decay if rate > 0 else 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = math.nan
         last = len(step.microbatches) - 1
         for index, batch in enumerate(step.microbatches):
             self._reseed(step.index, index)
             loss = self._engine(batch.to(self.device))
+            summed += loss.detach()
+            if index == last:
+                # Before the update, and the same on every rank: one that is not finite makes the sum so.
+                total = distributed.all_sum([float(summed)], self.device)[0]
+                if not math.isfinite(total):
+                    keys = ", ".join(str(key) for key in step.keys)
+                    raise FloatingPointError(
+                        f"step {step.index}: the loss is {total}; nothing was updated or saved. Sample keys: {keys}. "
+                        "Lower optimizer.lora_lr and projector_lr, or look at these samples with `shards inspect`"
+                    )
             self._engine.set_gradient_accumulation_boundary(index == last)
             self._engine.backward(loss * (self.world.size / step.answer_tokens))
             self._engine.step()
-            summed += loss.detach()
-        total = distributed.all_sum([float(summed)], self.device)[0]
         norm = self._engine.get_global_grad_norm()
         return StepResult(loss=total / step.answer_tokens, grad_norm=None if norm is None else float(norm))
 

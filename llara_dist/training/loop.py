@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.console import say
-from llara_dist.training.debug import Debugger, shrink
+from llara_dist.training.debug import Debugger, clear, shrink
 from llara_dist.training.memory import peak_memory_mib
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.preflight import open_inputs
@@ -34,9 +32,12 @@ def train(config: RunConfig, debug: bool = False) -> dict[str, Any]:
     if debug:
         config = shrink(config, world)
     inputs = open_inputs(config, world)
+    if debug:
+        clear(config.out)
     device = distributed.pick_device(config.device, world)
     distributed.initialise(world, device)
     try:
+        debugger = Debugger(config, device) if debug else None
         run = open_run(config, inputs, world, device)
         if world.is_main and inputs.plan.epoch(run.total_steps - 1) >= inputs.shards.num_passes:
             say(
@@ -45,7 +46,7 @@ def train(config: RunConfig, debug: bool = False) -> dict[str, Any]:
             )
         if world.is_main and run.first_step > 0:
             say(f"going on from step {run.first_step} of {run.total_steps}")
-        return train_loop(run, Debugger(config, device) if debug else None)
+        return train_loop(run, debugger)
     finally:
         distributed.shut_down()
 
@@ -57,8 +58,16 @@ def train_loop(run: Run, debugger: Debugger | None = None) -> dict[str, Any]:
         run: as `open_run` made it.
         debugger: looks at every step; None = off.
     """
-    log = MetricsLog(run.config.out, run.first_step, run.total_steps, enabled=run.engine.world.is_main)
-    loss = float("nan")
+    with MetricsLog(run.config.out, run.first_step, run.total_steps, enabled=run.engine.world.is_main) as log:
+        loss = run_steps(run, log, debugger)
+    if run.first_step >= run.total_steps and run.engine.world.is_main:
+        say(f"{run.config.out}: all {run.total_steps} steps are done already")
+    return {"out": str(run.config.out), "steps": run.total_steps, "loss": loss}
+
+
+def run_steps(run: Run, log: MetricsLog, debugger: Debugger | None) -> float | None:
+    """The steps themselves; returns the last one's loss, None where there was none to run."""
+    loss: float | None = None
     waiting_since = time.perf_counter()
     for step in run.loader:
         started = time.perf_counter()
@@ -95,11 +104,4 @@ def train_loop(run: Run, debugger: Debugger | None = None) -> dict[str, Any]:
         if run.checkpoint_due(step.index + 1):
             run.save(step.index + 1)
         waiting_since = time.perf_counter()
-    log.close()
-    if run.first_step >= run.total_steps and run.engine.world.is_main:
-        say(f"{run.config.out}: all {run.total_steps} steps are done already")
-    return {
-        "out": str(run.config.out),
-        "steps": run.total_steps,
-        "loss": None if torch.isnan(torch.tensor(loss)) else loss,
-    }
+    return loss

@@ -6,18 +6,23 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from llara_dist.integrity import write_file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, oldest first; a last line cut short by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
     return rows
 
 
@@ -39,7 +44,7 @@ class MetricsLog:
 
         self._path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self._path) if row["step"] < first_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
         self._last_line = 0.0
@@ -82,6 +87,12 @@ class MetricsLog:
         elif time.monotonic() - self._last_line > 5 or row["step"] + 1 == self._total:
             self._last_line = time.monotonic()
             print(f"step {row['step'] + 1}/{self._total}  {text}", flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flush and close everything."""

@@ -13,6 +13,7 @@ from llara_dist.model.llama import read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
 from llara_dist.stream.plan import Plan, check_world
 from llara_dist.stream.reader import ShardSet
+from llara_dist.training import debug
 from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
 from llara_dist.training.engine import read_ds_config
 
@@ -53,7 +54,8 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     check_world(shards, config.data.global_batch_samples, world.size, config.data.max_tokens_per_microbatch)
     plan = Plan(shards, config.seed, config.data.global_batch_samples, config.data.epochs)
     checkpoint = newest_checkpoint(config.out / "checkpoints") if config.resume == "auto" else None
-    if config.resume == "no" and any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+    holds_run = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if config.resume == "no" and holds_run and not (config.out / debug.MARK).is_dir():
         raise InputError(f"{config.out}: holds a run already; choose another --out, or go on with --resume auto")
     total = min(plan.num_steps, config.data.max_steps) if config.data.max_steps else plan.num_steps
     return Inputs(shards, plan, item_table, ds_config, checkpoint, total)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ class Run:
             "step": done,
             "total_steps": self.total_steps,
             "contract": self.contract,
-            "config": to_dict(self.config),
+            "config": to_dict(absolute(self.config)),
             "world_size": self.engine.world.size,
             "versions": versions(),
         }
@@ -81,6 +83,20 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
     return {"llara_dist": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same run with its local inputs named from the root, so that it is found again from any folder."""
+    model = config.model
+    if Path(model.path).is_dir():
+        model = dataclasses.replace(model, path=str(Path(model.path).resolve()))
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, shards=config.data.shards.resolve()),
+        recommender=dataclasses.replace(config.recommender, path=config.recommender.path.resolve()),
+        out=config.out.resolve(),
+    )
 
 
 def contract_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
         check_contract(inputs.checkpoint, contract)
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / "config.json", to_dict(config))
+        write_json(config.out / "config.json", to_dict(absolute(config)))
     model = build_hybrid_llama(
         config.model,
         config.lora,

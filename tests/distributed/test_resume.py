@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,10 @@ from safetensors.torch import load_file
 
 from llara_dist.config import CheckpointConfig, LoraConfig, RunConfig
 from llara_dist.errors import InputError
-from llara_dist.training.checkpoint import newest_checkpoint, open_checkpoint
+from llara_dist.training.checkpoint import newest_checkpoint, open_checkpoint, rotate
 from llara_dist.training.metrics_log import read_metrics
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training import train_all, train_until
+from tests.distributed.training import train_all, train_until, train_with_a_poisoned_step
 from tests.runs import ROOT, run_config
 
 STEPS = 40
@@ -189,3 +190,39 @@ def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+def test_rotation_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
+    for step, complete in ((1, True), (2, True), (3, False), (4, True), (9, False)):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        if complete:
+            (tmp_path / f"step-{step:08d}" / "complete.json").touch()
+    (tmp_path / ".step-00000004.17.staging").mkdir()
+    rotate(tmp_path, tmp_path / "step-00000004", keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+    rotate(tmp_path, tmp_path / "step-00000004", keep_last=9)
+    assert len(list(tmp_path.iterdir())) == 2
+    rotate(tmp_path, tmp_path / "step-00000004", keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(inputs: Path, tmp_path: Path) -> None:
+    config = run_config(inputs, tmp_path / "run", "zero1", max_steps=4)
+    run_ranks(train_with_a_poisoned_step, 2, tmp_path / "ranks", config, 2)
+
+
+def test_base_fingerprint_reads_the_files_that_the_index_names(inputs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from llara_dist.config import ModelConfig
+    from llara_dist.model.llama import base_fingerprint
+
+    folder = shutil.copytree(inputs / "llm", tmp_path / "llm")
+    whole = base_fingerprint(ModelConfig(path=str(folder)))
+    assert whole == base_fingerprint(ModelConfig(path=str(inputs / "llm")))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(InputError, match=r"has no model.safetensors"):
+        base_fingerprint(ModelConfig(path=str(folder)))
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert base_fingerprint(ModelConfig(path=str(folder))) != whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.training.loop import train_loop
@@ -32,4 +34,27 @@ def train_until(config: RunConfig, stop: int) -> None:
             break
         run.engine.train_step(step, *run.rates(step.index))
     run.save(stop)
+    distributed.shut_down()
+
+
+def train_with_a_poisoned_step(config: RunConfig, poisoned: int) -> None:
+    """Let one rank's loss become NaN at a step; every rank must raise there, parameters untouched."""
+    world = distributed.read_world()
+    device = distributed.pick_device("cpu", world)
+    distributed.initialise(world, device, timeout_s=60.0)
+    inputs = open_inputs(config, world)
+    run = open_run(config, inputs, world, device)
+    stopped = None
+    for step in run.loader:
+        before = {name: value.detach().clone() for name, value in run.engine.parameters.items()}
+        if step.index == poisoned and world.rank == 1:
+            run.engine.model.register_forward_hook(lambda module, given, loss: loss * float("nan"))
+        try:
+            run.engine.train_step(step, *run.rates(step.index))
+        except FloatingPointError as error:
+            stopped = step.index
+            assert "Sample keys: " in str(error)  # noqa: PT017 (the other steps must not raise)
+            assert all(torch.equal(before[name], value) for name, value in run.engine.parameters.items())
+            break
+    assert stopped == poisoned, stopped
     distributed.shut_down()

@@ -51,6 +51,8 @@ def test_missing_inputs_are_named(capsys, inputs: Path, tmp_path: Path) -> None:
         (("--lora.rank", "0"), "lora.rank=0: must be at least 1"),
         (("--curriculum.probability", "1.5"), "curriculum.probability=1.5"),
         (("--model.quant_storage", "float16"), "silently corrupts"),
+        (("--optimizer.beta1", "2"), "optimizer.beta1=2.0"),
+        (("--deepspeed", "/"), "ds_config"),
         (("--model.quant-storage", "bfloat16"), "model.quant_storage=bfloat16"),
         (("--data.max_tokens_per_microbatch", "20"), "max_tokens_per_microbatch is 20"),
     ],
@@ -71,6 +73,9 @@ def test_bad_options(capsys, inputs: Path, tmp_path: Path, options: tuple[str, .
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype must be fp32"),
         ({"zero_optimization": {"stage": 4}}, "stage=4"),
         ([], "a ds_config is a JSON object"),
+        ({"bf16": True}, "bf16 must be an object"),
+        ({"zero_optimization": 3}, "zero_optimization must be an object"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 may not be set"),
     ],
 )
 def test_ds_config_that_fights_ours(capsys, inputs: Path, tmp_path: Path, config: object, message: str) -> None:
@@ -151,7 +156,37 @@ def test_command_line_help_and_unknown_commands(capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == code
-    assert "expected one of: shards build" in capsys.readouterr().err
+    assert "unknown command 'nope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["shards", "--help"])
+    assert stop.value.code == 0
+    assert "llara-dist shards verify" in capsys.readouterr().out
+
+
+def test_misspelt_zero_option(capsys, inputs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stagee": 3}}))
+    with pytest.raises(SystemExit) as stop:
+        train(inputs, tmp_path / "run", "--deepspeed", str(path))
+    assert stop.value.code == 2
+    assert "zero_optimization.stagee" in capsys.readouterr().err
+
+
+def test_debug_removes_only_what_debug_made(capsys, inputs: Path, tmp_path: Path) -> None:
+    real = tmp_path / "run-debug"
+    (real / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        train(inputs, tmp_path / "run", "--debug")
+    assert stop.value.code == 2
+    assert "run-debug" in capsys.readouterr().err
+    assert (real / "checkpoints").is_dir()
+
+
+def test_ds_configs_of_the_checkout_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llara_dist.training.engine import read_ds_config, zero_stage
+
+    monkeypatch.chdir(tmp_path)
+    assert zero_stage(read_ds_config(Path("ds_configs/zero2.json"))) == 2
 
 
 def test_every_command_has_help_with_an_example(capsys) -> None:
