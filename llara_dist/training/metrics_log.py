@@ -53,13 +53,16 @@ class MetricsLog:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
             self._bar = Progress(
                 MofNCompleteColumn(),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=10),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                # Wraps: every number is seen on a terminal of 80 columns as well.
+                TextColumn("{task.description}", table_column=Column(ratio=1)),
                 console=Console(stderr=True),
+                expand=True,
             )
             self._task = self._bar.add_task("", total=total_steps, completed=first_step)
             self._bar.start()
