@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.integrity import read_json, sha256_file, staged_folder, write_json
@@ -78,8 +79,6 @@ def save_checkpoint(folder: Path, engine: Engine, state: dict[str, Any], keep_la
         The checkpoint's folder.
     """
     from safetensors.torch import save_file
-
-    from llara_dist import distributed
 
     masters = read_masters(engine.parameters)
     moments = read_moments(engine.optimizer, engine.parameters)

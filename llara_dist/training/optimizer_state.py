@@ -52,16 +52,12 @@ def read_moments(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[st
     moments = {}
     for name, parameter in parameters.items():
         stage = _stage(parameter)
+        state = inner.state[_flat(optimizer, parameter, stage)]
         for key in MOMENTS:
-            local = inner.state[_flat(optimizer, parameter, stage)][key]
-            whole = _read_whole(parameter, stage, local, key)
+            whole = _read_whole(parameter, stage, state[key], key)
             moments[f"{key}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
-        moments[f"step/{name}"] = torch.tensor(float(_step_count(optimizer, inner, parameter, stage)))
+        moments[f"step/{name}"] = torch.tensor(float(state["step"]))
     return moments
-
-
-def _step_count(optimizer: Any, inner: torch.optim.Optimizer, parameter: nn.Parameter, stage: int) -> float:
-    return float(inner.state[_flat(optimizer, parameter, stage)]["step"])
 
 
 def _flat(optimizer: Any, parameter: nn.Parameter, stage: int) -> Tensor:

@@ -11,24 +11,26 @@ from llara_dist.training.preflight import open_inputs
 from llara_dist.training.run import open_run
 
 
-def train_all(configs: list[RunConfig]) -> None:
-    """Train several runs one after the other in one process group."""
+def join() -> tuple[distributed.World, torch.device]:
+    """Join the ranks' process group; a rank that hangs fails within a minute."""
     world = distributed.read_world()
     device = distributed.pick_device("cpu", world)
     distributed.initialise(world, device, timeout_s=60.0)
+    return world, device
+
+
+def train_all(configs: list[RunConfig]) -> None:
+    """Train several runs one after the other in one process group."""
+    world, device = join()
     for config in configs:
-        inputs = open_inputs(config, world)
-        train_loop(open_run(config, inputs, world, device))
+        train_loop(open_run(config, open_inputs(config, world), world, device))
     distributed.shut_down()
 
 
 def train_until(config: RunConfig, stop: int) -> None:
     """Train the steps before `stop` of a run whose schedules and plan are those of the whole, and save."""
-    world = distributed.read_world()
-    device = distributed.pick_device("cpu", world)
-    distributed.initialise(world, device, timeout_s=60.0)
-    inputs = open_inputs(config, world)
-    run = open_run(config, inputs, world, device)
+    world, device = join()
+    run = open_run(config, open_inputs(config, world), world, device)
     for step in run.loader:
         if step.index == stop:
             break
@@ -39,11 +41,8 @@ def train_until(config: RunConfig, stop: int) -> None:
 
 def train_with_a_poisoned_step(config: RunConfig, poisoned: int) -> None:
     """Let one rank's loss become NaN at a step; every rank must raise there, parameters untouched."""
-    world = distributed.read_world()
-    device = distributed.pick_device("cpu", world)
-    distributed.initialise(world, device, timeout_s=60.0)
-    inputs = open_inputs(config, world)
-    run = open_run(config, inputs, world, device)
+    world, device = join()
+    run = open_run(config, open_inputs(config, world), world, device)
     stopped = None
     for step in run.loader:
         before = {name: value.detach().clone() for name, value in run.engine.parameters.items()}
