@@ -14,6 +14,7 @@ from llara_dist.data import shards as form
 from llara_dist.data.dataset import Dataset, load_dataset
 from llara_dist.data.prompts import DEFAULT_MAX_TITLE_TOKENS, PromptEncoder
 from llara_dist.data.rows import Rows
+from llara_dist.data.shard_index import INDEX, write_index
 from llara_dist.data.shard_writing import (
     Drawing,
     draw_rows,
@@ -183,14 +184,14 @@ def _write_split(
             "shards": [
                 {
                     "name": f"{number:06d}.tar",
-                    "pass": int(result.index.passes[0]),
+                    "pass": result.pass_index,
                     "samples": len(result.index),
                     "bytes": result.bytes,
                     "sha256": result.sha256,
                 }
                 for number, result in enumerate(results)
             ],
-            "index": form.write_index(folder / form.INDEX, indexes, dataset.info["name"]),
+            "index": write_index(folder / INDEX, indexes),
         }
     )
     write_json(folder / form.MANIFEST, manifest)

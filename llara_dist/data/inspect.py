@@ -10,6 +10,7 @@ import numpy as np
 from llara_dist import console
 from llara_dist.data import shards as form
 from llara_dist.data.samples import Sample, unpack
+from llara_dist.data.shard_index import REMEDY, ShardIndex
 from llara_dist.data.tokenizer import load_tokenizer, tokenizer_hash
 from llara_dist.errors import InputError
 
@@ -106,22 +107,29 @@ def find_sample(
     for name in splits:
         manifest = form.read_manifest(shards, name, info)
         index = form.read_index(shards / name, manifest)
-        rows = np.flatnonzero((index.keys == key) & (index.passes == pass_index))
-        if len(rows):
-            row = int(rows[0])
-            path = shards / name / manifest["shards"][int(index.shards[row])]["name"]
-            try:
-                with open(path, "rb") as file:
-                    file.seek(int(index.offsets[row]))
-                    payload = file.read(int(index.sizes[row]))
-            except FileNotFoundError:
-                raise InputError(f"{path}: missing; rebuild with `llara-dist shards build`") from None
-            problem = form.payload_problem(payload, int(index.sizes[row]), int(index.crc32[row]))
-            if problem:
-                raise InputError(f"{path}: sample at offset {index.offsets[row]}, key {key}: {problem}")
-            return name, unpack(payload)
+        for number, shard in enumerate(manifest["shards"]):
+            if shard["pass"] != pass_index:
+                continue
+            rows = index.shard(number)
+            found = np.flatnonzero(rows.keys == key)
+            if len(found):
+                return name, _read_sample(shards / name / shard["name"], rows, int(found[0]))
     counts = ", ".join(f"{name} {info['splits'][name]['samples']}" for name in splits)
     raise InputError(f"{shards}: no sample with key {key} in pass {pass_index}; samples there: {counts}")
+
+
+def _read_sample(path: Path, rows: ShardIndex, row: int) -> Sample:
+    offset, size = int(rows.offsets[row]), int(rows.sizes[row])
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            payload = file.read(size)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {REMEDY}") from None
+    problem = form.payload_problem(payload, size, int(rows.crc32[row]))
+    if problem:
+        raise InputError(f"{path}: sample at offset {offset}, key {int(rows.keys[row])}: {problem}; {REMEDY}")
+    return unpack(payload)
 
 
 def shown_titles(shards: Path, info: dict[str, Any] | None = None) -> list[str]:

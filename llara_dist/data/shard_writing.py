@@ -25,6 +25,7 @@ from llara_dist.data.candidates import draw_candidates
 from llara_dist.data.exclusions import row_exclusions
 from llara_dist.data.rows import Rows, ranges
 from llara_dist.data.samples import pack
+from llara_dist.data.shard_index import ShardIndex
 from llara_dist.data.units import RowBlock, UnitTable, encode_rows
 from llara_dist.hashing import hash64, text_seed
 
@@ -61,7 +62,8 @@ class ShardTask:
 class ShardResult:
     """One shard written."""
 
-    index: form.Index
+    pass_index: int
+    index: ShardIndex
     bytes: int
     sha256: str
     rows_shortened: int
@@ -161,10 +163,8 @@ def write_shard(task: ShardTask, drawing: Drawing) -> ShardResult:
         end = form.tar_end(position)
         file.write(end)
         digest.update(end)
-    index = form.Index(
+    index = ShardIndex(
         keys=task.rows.keys,
-        passes=np.full(n, task.pass_index, np.int16),
-        shards=np.full(n, task.number, np.int32),
         offsets=offsets,
         sizes=sizes,
         tokens=tokens,
@@ -172,7 +172,7 @@ def write_shard(task: ShardTask, drawing: Drawing) -> ShardResult:
         answer_tokens=answers,
         crc32=crcs,
     )
-    return ShardResult(index, position + len(end), digest.hexdigest(), shortened, dropped)
+    return ShardResult(task.pass_index, index, position + len(end), digest.hexdigest(), shortened, dropped)
 
 
 def shard_tasks(

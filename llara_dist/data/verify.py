@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llara_dist import console
 from llara_dist.data import shards as form
+from llara_dist.data.shard_index import INDEX, IndexFile
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_bytes
 
@@ -51,8 +50,9 @@ def verify(shards: Path, processes: int | None = None) -> dict[str, Any]:
         problems += unexpected_files(shards / split, manifest)
         try:
             index = form.read_index(shards / split, manifest)
+            problems += index_problems(shards / split, manifest)
         except InputError as error:
-            problems += [str(error), *row_group_problems(shards / split, manifest)]
+            problems.append(str(error))
             index = None
         samples += manifest["samples"]
         num_shards += len(manifest["shards"])
@@ -79,7 +79,7 @@ def _run(jobs: list[Callable[[], list[str]]], threads: int | None) -> Iterator[l
 
 def unexpected_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Files in a shard set's folder that its manifest does not name."""
-    known = {shard["name"] for shard in manifest["shards"]} | {form.INDEX, form.MANIFEST}
+    known = {shard["name"] for shard in manifest["shards"]} | {INDEX, form.MANIFEST}
     return [
         f"{path}: unexpected, the manifest does not name it"
         for path in sorted(folder.iterdir())
@@ -87,7 +87,7 @@ def unexpected_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-def shard_problems(folder: Path, manifest: dict[str, Any], index: form.Index | None, number: int) -> list[str]:
+def shard_problems(folder: Path, manifest: dict[str, Any], index: IndexFile | None, number: int) -> list[str]:
     """Findings in one shard: the file's, and if it is damaged the damaged samples' with offset and key."""
     entry = manifest["shards"][number]
     path = folder / entry["name"]
@@ -96,32 +96,36 @@ def shard_problems(folder: Path, manifest: dict[str, Any], index: form.Index | N
     findings = [] if problem is None else [f"{path}: {problem}"]
     if problem == "missing" or index is None:
         return findings
-    rows = np.arange(*np.searchsorted(index.shards, [number, number + 1]))
+    try:
+        rows = index.shard(number)
+    except InputError:
+        return findings  # said already, of the index
     damaged = []
     with open(path, "rb") as file:
-        for row in rows.tolist():
-            file.seek(int(index.offsets[row]))
-            wrong = form.payload_problem(file.read(int(index.sizes[row])), int(index.sizes[row]), int(index.crc32[row]))
+        for key, offset, size, crc32 in zip(
+            rows.keys.tolist(), rows.offsets.tolist(), rows.sizes.tolist(), rows.crc32.tolist(), strict=True
+        ):
+            file.seek(offset)
+            wrong = form.payload_problem(file.read(size), size, crc32)
             if wrong:
-                damaged.append(f"{path}: sample at offset {index.offsets[row]}, key {index.keys[row]}: {wrong}")
+                damaged.append(f"{path}: sample at offset {offset}, key {key}: {wrong}")
     findings += damaged[:_SHOWN_SAMPLES]
     if len(damaged) > _SHOWN_SAMPLES:
         findings.append(f"{path}: {len(damaged)} of its {len(rows)} samples are damaged, the first are listed above")
-    if len(rows) != entry["samples"]:
-        findings.append(f"{path}: the index lists {len(rows)} samples, the manifest {entry['samples']}")
     if problem is not None and not damaged:
         findings[0] += " (no sample is affected: the damage is in a tar header or in padding)"
     return findings
 
 
-def row_group_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Which parts of a damaged index are damaged: one row group a shard."""
-    path = folder / form.INDEX
-    if not path.is_file():
+def index_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Which parts of a damaged index are damaged: one record batch a shard."""
+    path, entry = folder / INDEX, manifest["index"]
+    problem = form.file_problem(path, entry["bytes"], entry["sha256"])
+    if problem is None:
         return []
     data = path.read_bytes()
-    return [
-        f"{path}: altered in the row group of shard {manifest['shards'][number]['name']}"
-        for number, group in enumerate(manifest["index"]["row_groups"])
-        if sha256_bytes(data[group["offset"] : group["offset"] + group["bytes"]]) != group["sha256"]
+    return [f"{path}: {problem}"] + [
+        f"{path}: altered in the record batch of shard {manifest['shards'][number]['name']}"
+        for number, batch in enumerate(entry["record_batches"])
+        if sha256_bytes(data[batch["offset"] : batch["offset"] + batch["bytes"]]) != batch["sha256"]
     ]

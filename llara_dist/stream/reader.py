@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from llara_dist.data import shards as form
 from llara_dist.data.samples import Sample, unpack
+from llara_dist.data.shard_index import REMEDY, IndexFile
 from llara_dist.errors import InputError
 
 _OPEN_FILES = 256
@@ -19,10 +21,26 @@ _OPEN_FILES = 256
 
 
 @dataclass(frozen=True)
-class ShardSet:
-    """One split of a shards folder, open for reading. Sample ids are positions in its index.
+class SampleInfo:
+    """What the index says of some samples: enough to plan with, nothing is read from a shard. Arrays [n]."""
 
-    Safe to hand to worker processes: file handles are opened where they are used and stay there.
+    keys: np.ndarray
+    """uint64"""
+    passes: np.ndarray
+    """int16"""
+    tokens: np.ndarray
+    """int32: positions of the hybrid form; the text-only form has `slots` fewer"""
+    slots: np.ndarray
+    """int32"""
+    answer_tokens: np.ndarray
+    """int32, EOS included"""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """One split of a shards folder, open for reading. Sample ids count through the shards in tar order.
+
+    Safe to hand to worker processes: files are opened and mapped where they are used and stay there.
     """
 
     folder: Path
@@ -30,7 +48,7 @@ class ShardSet:
     info: dict[str, Any]
     """shards.json: dataset, tokenizer_hash, domain, num_items, recipe, counts"""
     manifest: dict[str, Any]
-    index: form.Index
+    index: IndexFile
     _files: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
     """shard → file descriptor, in this process"""
 
@@ -54,7 +72,7 @@ class ShardSet:
         return cls(folder, info, manifest, form.read_index(folder, manifest))
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.manifest["samples"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -72,30 +90,74 @@ class ShardSet:
         """How many draws of templates and candidates the set holds."""
         return self.manifest["passes"]
 
+    @cached_property
+    def first_ids(self) -> np.ndarray:
+        """int64 [shards+1]: the first sample of each shard, then the number of samples."""
+        counts = [shard["samples"] for shard in self.manifest["shards"]]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def lookup(self, ids: np.ndarray) -> SampleInfo:
+        """What the index says of samples, int64 [n] in any order.
+
+        Raises:
+            InputError: the index is damaged there.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        n = len(ids)
+        found = SampleInfo(
+            np.empty(n, np.uint64),
+            np.empty(n, np.int16),
+            np.empty(n, np.int32),
+            np.empty(n, np.int32),
+            np.empty(n, np.int32),
+        )
+        for shard, places, rows in self._by_shard(ids):
+            index = self.index.shard(shard)
+            found.passes[places] = self.manifest["shards"][shard]["pass"]
+            found.keys[places] = index.keys[rows]
+            found.tokens[places] = index.tokens[rows]
+            found.slots[places] = index.slots[rows]
+            found.answer_tokens[places] = index.answer_tokens[rows]
+        return found
+
+    @cached_property
+    def all(self) -> SampleInfo:
+        """The whole split; for splits that are small enough to be looked at whole."""
+        return self.lookup(np.arange(len(self)))
+
     @property
     def keys(self) -> np.ndarray:
-        """uint64 [n]"""
-        return self.index.keys
+        """uint64 [len(self)]"""
+        return self.all.keys
 
     @property
     def passes(self) -> np.ndarray:
-        """int16 [n]"""
-        return self.index.passes
+        """int16 [len(self)]"""
+        return self.all.passes
 
     @property
     def tokens(self) -> np.ndarray:
-        """int32 [n]: positions of the hybrid form; the text-only form has `slots` fewer."""
-        return self.index.tokens
+        """int32 [len(self)]"""
+        return self.all.tokens
 
     @property
     def slots(self) -> np.ndarray:
-        """int32 [n]"""
-        return self.index.slots
+        """int32 [len(self)]"""
+        return self.all.slots
 
     @property
     def answer_tokens(self) -> np.ndarray:
-        """int32 [n], EOS included"""
-        return self.index.answer_tokens
+        """int32 [len(self)]"""
+        return self.all.answer_tokens
+
+    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Groups of ids that lie in one shard: its number, places in `ids`, rows in the shard."""
+        shards = np.searchsorted(self.first_ids, ids, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[order])) + 1
+        for places in np.split(order, cuts) if len(order) else []:
+            shard = int(shards[places[0]])
+            yield shard, places, ids[places] - self.first_ids[shard]
 
     def read(self, ids: Iterable[int]) -> list[Sample]:
         """Read samples in the given order.
@@ -106,20 +168,18 @@ class ShardSet:
         return [self._read(int(number)) for number in ids]
 
     def _read(self, number: int) -> Sample:
-        index = self.index
-        shard, offset = int(index.shards[number]), int(index.offsets[number])
-        size, key = int(index.sizes[number]), int(index.keys[number])
+        shard = int(np.searchsorted(self.first_ids, number, side="right")) - 1
+        index, row = self.index.shard(shard), number - int(self.first_ids[shard])
+        offset, size, key = int(index.offsets[row]), int(index.sizes[row]), int(index.keys[row])
         payload = os.pread(self._descriptor(shard), size, offset)
-        problem = form.payload_problem(payload, size, int(index.crc32[number]))
+        problem = form.payload_problem(payload, size, int(index.crc32[row]))
         if problem is None:
             sample = unpack(payload)
-            if sample.key == key and sample.pass_index == int(index.passes[number]):
+            if sample.key == key and sample.pass_index == self.manifest["shards"][shard]["pass"]:
                 return sample
             problem = f"holds key {sample.key} of pass {sample.pass_index}"
         raise InputError(
-            f"{self._path(shard)}: sample at offset {offset}, key {key}: {problem}; "
-            f"run `llara-dist shards verify {self.folder.parent}` and restore the shard or rebuild",
-            everywhere=False,
+            f"{self._path(shard)}: sample at offset {offset}, key {key}: {problem}; {REMEDY}", everywhere=False
         )
 
     def _path(self, shard: int) -> Path:

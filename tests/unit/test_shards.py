@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -160,29 +161,48 @@ def test_index_and_manifest_describe_the_files(root):
     for number, shard in enumerate(manifest["shards"]):
         data = (folder / shard["name"]).read_bytes()
         assert (len(data), sha256_bytes(data)) == (shard["bytes"], shard["sha256"])
-        mine = np.flatnonzero(index.shards == number)
-        assert len(mine) == shard["samples"]
+        rows = index.shard(number)
+        assert len(rows) == shard["samples"]
         with tarfile.open(folder / shard["name"]) as tar:
-            for row, member in zip(mine, tar.getmembers(), strict=True):
-                assert member.name == member_name(int(index.passes[row]), int(index.keys[row]))
-                assert (member.offset_data, member.size) == (index.offsets[row], index.sizes[row])
+            for row, member in enumerate(tar.getmembers()):
+                assert member.name == member_name(shard["pass"], int(rows.keys[row]))
+                assert (member.offset_data, member.size) == (rows.offsets[row], rows.sizes[row])
                 assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o444)
-                payload = data[index.offsets[row] : index.offsets[row] + index.sizes[row]]
-                assert zlib.crc32(payload) == index.crc32[row]
+                payload = data[rows.offsets[row] : rows.offsets[row] + rows.sizes[row]]
+                assert zlib.crc32(payload) == rows.crc32[row]
                 sample = unpack(payload)
-                assert len(sample.tokens) == index.tokens[row]
-    table = pq.ParquetFile(folder / "index.parquet")
-    assert table.num_row_groups == len(manifest["shards"]) == len(manifest["index"]["row_groups"])
-    assert table.schema_arrow.names == [
-        *("key", "pass", "dataset", "shard", "offset", "bytes", "tokens", "slots", "answer_tokens", "crc32")
-    ]
-    data = (folder / "index.parquet").read_bytes()
-    ends = [4]
-    for group in manifest["index"]["row_groups"]:
-        assert group["offset"] == ends[-1]
-        ends.append(group["offset"] + group["bytes"])
-        assert sha256_bytes(data[group["offset"] : ends[-1]]) == group["sha256"]
+                assert len(sample.tokens) == rows.tokens[row]
+                assert len(sample.slot_items) == rows.slots[row]
+                assert sample.answer_end - sample.answer_start == rows.answer_tokens[row]
+
+
+def test_any_arrow_reader_reads_the_index(root):
+    folder = root / "shards/train"
+    manifest = read_manifest(root / "shards", "train", read_shards_info(root / "shards"))
+    file = pa.ipc.open_file(folder / "index.arrow")
+    batches = manifest["index"]["record_batches"]
+    assert file.num_record_batches == len(manifest["shards"]) == len(batches)
+    assert file.schema.names == ["key", "offset", "bytes", "tokens", "slots", "answer_tokens", "crc32"]
+    index = read_index(folder, manifest)
+    for number in range(len(batches)):
+        found = file.get_batch(number)
+        np.testing.assert_array_equal(found["key"].to_numpy(), index.shard(number).keys)
+        np.testing.assert_array_equal(found["crc32"].to_numpy(), index.shard(number).crc32)
+    data = (folder / "index.arrow").read_bytes()
+    ends = [batches[0]["offset"]]
+    for batch in batches:
+        assert batch["offset"] == ends[-1]
+        ends.append(batch["offset"] + batch["bytes"])
+        assert sha256_bytes(data[batch["offset"] : ends[-1]]) == batch["sha256"]
     assert ends[-1] < len(data)
+
+
+def test_the_index_is_looked_at_shard_by_shard(root):
+    shards = ShardSet.open(root / "shards")
+    assert not shards.index._shards
+    found = shards.lookup(shards.first_ids[[1, 2]])
+    assert found.keys.tolist() == [int(shards.index.shard(number).keys[0]) for number in (1, 2)]
+    assert set(shards.index._shards) == {1, 2}
 
 
 def test_stock_webdataset_reads_them(root):
@@ -337,8 +357,7 @@ def finding(copy: Path, capsys) -> str:
 def test_verify_tells_missing_truncated_altered(copy, capsys):
     shards = ShardSet.open(copy)
     path = copy / "train/000002.tar"
-    row = int(np.flatnonzero(shards.index.shards == 2)[5])
-    offset, key = int(shards.index.offsets[row]), int(shards.keys[row])
+    offset, key = int(shards.index.shard(2).offsets[5]), int(shards.index.shard(2).keys[5])
     whole = path.read_bytes()
 
     damage(path, offset + 3)
@@ -398,17 +417,19 @@ def test_altered_manifests_are_found(copy, name, capsys):
 
 
 def test_altered_index_is_found_before_a_read(copy, capsys):
-    path = copy / "train/index.parquet"
+    path = copy / "train/index.arrow"
     manifest = read_manifest(copy, "train", read_shards_info(copy))
-    group = manifest["index"]["row_groups"][2]
+    group = manifest["index"]["record_batches"][2]
     damage(path, group["offset"] + group["bytes"] // 2)
     found = finding(copy, capsys)
-    assert "index.parquet: altered" in found
-    assert f"row group of shard {manifest['shards'][2]['name']}" in found
-    with pytest.raises(InputError, match=r"index.parquet: altered"):
-        ShardSet.open(copy)
+    assert "index.arrow: altered" in found
+    assert f"record batch of shard {manifest['shards'][2]['name']}" in found
+    shards = ShardSet.open(copy)
+    assert len(shards.lookup(np.arange(3)).keys) == 3
+    with pytest.raises(InputError, match=rf"index.arrow: record batch of shard 000002.tar at offset {group['offset']}"):
+        shards.read([shards.first_ids[2]])
     path.write_bytes(path.read_bytes()[:-7])
-    assert "index.parquet: truncated" in finding(copy, capsys)
+    assert "index.arrow: truncated" in finding(copy, capsys)
     (copy / "items.parquet").unlink()
     assert "items.parquet: missing" in finding(copy, capsys)
 
@@ -416,7 +437,7 @@ def test_altered_index_is_found_before_a_read(copy, capsys):
 def test_reader_refuses_what_is_not_whole(copy):
     path = copy / "train/000000.tar"
     shards = ShardSet.open(copy)
-    row = int(np.flatnonzero(shards.index.shards == 0)[0])
+    row = 0
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(InputError, match=r"000000.tar: \d+ bytes, the manifest names"):
@@ -436,7 +457,7 @@ def test_reader_refuses_what_is_not_whole(copy):
 
 def test_other_format_version_is_refused(copy):
     path = copy / "shards.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(InputError, match="format_version 99"):
         ShardSet.open(copy)
 
@@ -477,8 +498,9 @@ def test_inspect_errors(root, copy, tmp_path):
     split, sample = find_sample(copy, info, 5)
     assert (split, sample.key) == ("train", 5)
     index = read_index(copy / "train", read_manifest(copy, "train", info))
-    row = int(np.flatnonzero((index.keys == 5) & (index.passes == 0))[0])
-    damage(copy / "train" / f"{index.shards[row]:06d}.tar", int(index.offsets[row]) + 40)
+    for number in range(len(list((copy / "train").glob("*.tar"))) // 2):  # the first of two passes
+        for row in np.flatnonzero(index.shard(number).keys == 5):
+            damage(copy / "train" / f"{number:06d}.tar", int(index.shard(number).offsets[row]) + 40)
     with pytest.raises(InputError, match=r"key 5: altered"):
         find_sample(copy, info, 5)
     damage(copy / "items.parquet", 100)
