@@ -91,7 +91,7 @@ def evaluate(
     check_language_model(config, opened)
     check_recommender(config, opened, load_item_table(config.recommender.path))
     hybrid = form_is_hybrid(form, config)
-    ids = np.argsort(opened.keys, kind="stable")[: limit or None]
+    ids = np.argsort(opened.all.keys, kind="stable")[: limit or None]
     if world.size > 1:
         distributed.initialise(world, target_device)
     try:

@@ -72,7 +72,7 @@ def predict(
     answers = answer_tokens(tokenizer, titles)
     eos: Any = tokenizer.eos_token_id
     # Longest first: rows of a batch are of similar length, ranks get equal shares, too little memory shows at once.
-    mine = ids[np.argsort(-shards.tokens[ids], kind="stable")][world.rank :: world.size]
+    mine = ids[np.argsort(-shards.lookup(ids).tokens, kind="stable")][world.rank :: world.size]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     results: list[RowResult] = []
     seconds = {"prompts_s": 0.0, "ranking_s": 0.0, "generation_s": 0.0}

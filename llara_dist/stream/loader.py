@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from llara_dist.errors import InputError
 from llara_dist.stream.batch import Batch, collate
-from llara_dist.stream.plan import Plan, check_world
+from llara_dist.stream.plan import Plan
 from llara_dist.stream.reader import ShardSet
+from llara_dist.stream.share import check_world, share_out
 
 Draw = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(step, keys uint64 [n], passes int16 [n]) → bool [n]: which samples are hybrid; the curriculum's pure draw"""
@@ -53,28 +54,29 @@ class StepMaker:
     plan: Plan
     draw: Draw
     rank: int
-    world_size: int
+    nodes: tuple[int, ...]
+    """ranks of each node"""
     max_tokens_per_microbatch: int
 
     def make(self, index: int) -> Step:
         """Read and pack step `index`."""
         ids = self.plan.step(index)
-        keys, passes = self.shards.keys[ids], self.shards.passes[ids]
-        hybrid = np.asarray(self.draw(index, keys, passes), dtype=bool)
-        shares = self.plan.microbatches(index, hybrid, self.world_size, self.max_tokens_per_microbatch)
-        lengths = self.shards.tokens[ids] - np.where(hybrid, 0, self.shards.slots[ids])
-        longest = sum(max(int(lengths[part].sum()) for part in turn) for turn in zip(*shares, strict=True))
+        info = self.shards.lookup(ids)
+        hybrid = np.asarray(self.draw(index, info.keys, info.passes), dtype=bool)
+        lengths = info.tokens - np.where(hybrid, 0, info.slots)
+        homes = self.plan.homes(index, sum(self.nodes)) if len(self.nodes) > 1 else None
+        shares = share_out(lengths, self.nodes, homes, self.max_tokens_per_microbatch, only=self.rank)
         tokens = int(lengths.sum())
         return Step(
             index=index,
             epoch=self.plan.epoch(index),
-            microbatches=[collate(self.shards.read(ids[part]), hybrid[part]) for part in shares[self.rank]],
+            microbatches=[collate(self.shards.read(ids[part]), hybrid[part]) for part in shares.rows[self.rank]],
             samples=len(ids),
             hybrid_samples=int(hybrid.sum()),
-            answer_tokens=int(self.shards.answer_tokens[ids].sum()),
+            answer_tokens=int(info.answer_tokens.sum()),
             tokens=tokens,
-            padding_share=1.0 - tokens / (self.world_size * longest),
-            keys=keys,
+            padding_share=1.0 - tokens / (len(shares.loads) * int(shares.loads.max(axis=0).sum())),
+            keys=info.keys,
         )
 
 
@@ -111,6 +113,8 @@ class StepLoader:
         rank: this rank, from 0.
         world_size: ranks.
         max_tokens_per_microbatch: budget of a packed row, positions.
+        nodes: ranks of each node, in the order of ranks, where each node has its own copy of the shards; by default
+            all ranks read the same files, and rows are balanced over all of them.
         first_step: where to begin (a resumed run).
         num_workers: processes that prepare steps; 0 makes them in the loop's own process.
         last_step: where to stop, exclusive; the plan's end by default.
@@ -128,6 +132,7 @@ class StepLoader:
         rank: int = 0,
         world_size: int = 1,
         max_tokens_per_microbatch: int = 8192,
+        nodes: tuple[int, ...] | None = None,
         first_step: int = 0,
         num_workers: int = 0,
         last_step: int | None = None,
@@ -135,11 +140,14 @@ class StepLoader:
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
+        nodes = nodes or (world_size,)
+        if sum(nodes) != world_size:
+            raise ValueError(f"nodes {nodes} are {sum(nodes)} ranks, the world has {world_size}")
         last = plan.num_steps if last_step is None else min(last_step, plan.num_steps)
         if not 0 <= first_step <= last:
             raise InputError(f"first step {first_step} is not within the plan's steps 0..{last}")
-        check_world(shards, plan.global_batch, world_size, max_tokens_per_microbatch)
-        self.maker = StepMaker(shards, plan, draw, rank, world_size, max_tokens_per_microbatch)
+        check_world(shards.longest, plan.global_batch, world_size, max_tokens_per_microbatch)
+        self.maker = StepMaker(shards, plan, draw, rank, nodes, max_tokens_per_microbatch)
         self._steps = _Steps(self.maker, first_step, last)
         self._num_workers = num_workers
         self._pin_memory = pin_memory

@@ -15,6 +15,7 @@ from llara_dist.data import shards as form
 from llara_dist.data.samples import Sample, unpack
 from llara_dist.data.shard_index import REMEDY, IndexFile
 from llara_dist.errors import InputError
+from llara_dist.stream.order import Source
 
 _OPEN_FILES = 256
 """shards kept open in a process, the oldest closed first; the usual limit of a process is 1,024 files"""
@@ -90,6 +91,20 @@ class ShardSet:
         """How many draws of templates and candidates the set holds."""
         return self.manifest["passes"]
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest row, in the hybrid form."""
+        return self.info["splits"][self.manifest["split"]]["longest_row_tokens"]
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """What a plan is made of."""
+        columns = {
+            name: np.array([shard[name] for shard in self.manifest["shards"]], dtype=np.int64)
+            for name in ("samples", "bytes", "pass")
+        }
+        return (Source(self.hash, self.first_ids[:-1], columns["samples"], columns["bytes"], columns["pass"]),)
+
     @cached_property
     def first_ids(self) -> np.ndarray:
         """int64 [shards+1]: the first sample of each shard, then the number of samples."""
@@ -124,31 +139,6 @@ class ShardSet:
     def all(self) -> SampleInfo:
         """The whole split; for splits that are small enough to be looked at whole."""
         return self.lookup(np.arange(len(self)))
-
-    @property
-    def keys(self) -> np.ndarray:
-        """uint64 [len(self)]"""
-        return self.all.keys
-
-    @property
-    def passes(self) -> np.ndarray:
-        """int16 [len(self)]"""
-        return self.all.passes
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32 [len(self)]"""
-        return self.all.tokens
-
-    @property
-    def slots(self) -> np.ndarray:
-        """int32 [len(self)]"""
-        return self.all.slots
-
-    @property
-    def answer_tokens(self) -> np.ndarray:
-        """int32 [len(self)]"""
-        return self.all.answer_tokens
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Groups of ids that lie in one shard: its number, places in `ids`, rows in the shard."""

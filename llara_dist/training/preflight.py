@@ -11,8 +11,9 @@ from llara_dist.distributed import World
 from llara_dist.errors import InputError
 from llara_dist.model.llama import read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
-from llara_dist.stream.plan import Plan, check_world
+from llara_dist.stream.plan import Plan
 from llara_dist.stream.reader import ShardSet
+from llara_dist.stream.share import check_world
 from llara_dist.training import debug
 from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
 from llara_dist.training.engine import read_ds_config
@@ -51,8 +52,8 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     check_language_model(config, shards)
     item_table = load_item_table(config.recommender.path)
     check_recommender(config, shards, item_table)
-    check_world(shards, config.data.global_batch_samples, world.size, config.data.max_tokens_per_microbatch)
-    plan = Plan(shards, config.seed, config.data.global_batch_samples, config.data.epochs)
+    check_world(shards.longest, config.data.global_batch_samples, world.size, config.data.max_tokens_per_microbatch)
+    plan = Plan(shards.sources, config.seed, config.data.global_batch_samples, config.data.epochs)
     checkpoint = newest_checkpoint(config.out / "checkpoints") if config.resume == "auto" else None
     holds_run = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoints"))
     if config.resume == "no" and holds_run and not (config.out / debug.MARK).is_dir():
@@ -74,11 +75,10 @@ def check_language_model(config: RunConfig, shards: ShardSet) -> None:
             f"model.path={config.model.path}: its tokenizer ({found[:12]}) is not the one that {config.data.shards} "
             f"was built with ({shards.info['tokenizer_hash'][:12]}); build them again with this model as --tokenizer"
         )
-    longest = int(shards.tokens.max())
-    if architecture.max_position_embeddings < longest:
+    if architecture.max_position_embeddings < shards.longest:
         raise InputError(
             f"model.path={config.model.path}: context of {architecture.max_position_embeddings} tokens is shorter than "
-            f"the longest row of {config.data.shards}, {longest} tokens; build shards with a smaller --max-tokens"
+            f"the longest row of {config.data.shards}, {shards.longest} tokens; build them with a smaller --max-tokens"
         )
 
 

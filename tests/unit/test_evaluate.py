@@ -95,7 +95,7 @@ def test_predictions_hold_every_row_with_its_frozen_candidates(tuned: Path, resu
 def test_metrics_depend_neither_on_the_batch_size_nor_on_the_number_of_ranks(tuned: Path, result: dict) -> None:
     trained = load_trained(tuned / "run", torch.device("cpu"))
     shards = ShardSet.open(tuned / "shards", "test")
-    ids = np.argsort(shards.keys)
+    ids = np.argsort(shards.all.keys)
     whole = read_predictions(Path(result["out"]) / "predictions.parquet")
     tokenizer, titles = load_tokenizer(tuned / "llm"), shown_titles(tuned / "shards")
     for size, batch_size in ((1, 1), (1, 5), (3, 2), (13, 4)):

@@ -58,7 +58,7 @@ def shards(folder) -> ShardSet:
 
 
 def plan_of(shards: ShardSet) -> Plan:
-    return Plan(shards, seed=5, global_batch=24, epochs=3)
+    return Plan(shards.sources, seed=5, global_batch=24, epochs=3)
 
 
 def loader(shards: ShardSet, **settings) -> StepLoader:
@@ -83,8 +83,8 @@ def test_steps_hold_what_the_plan_says(shards):
     assert [step.index for step in steps] == list(range(plan.num_steps)) == list(range(len(loader(shards))))
     for step in steps:
         ids = plan.step(step.index)
-        hybrid = HalfHybrid()(step.index, shards.keys[ids], shards.passes[ids])
-        expected = dict(zip(shards.keys[ids].tolist(), hybrid.tolist(), strict=True))
+        hybrid = HalfHybrid()(step.index, shards.lookup(ids).keys, shards.lookup(ids).passes)
+        expected = dict(zip(shards.lookup(ids).keys.tolist(), hybrid.tolist(), strict=True))
         found = {
             key: flag
             for batch in step.microbatches
@@ -175,7 +175,7 @@ def test_programming_errors_come_through(shards, workers):
 def test_few_files_stay_open(shards, monkeypatch):
     monkeypatch.setattr("llara_dist.stream.reader._OPEN_FILES", 2)
     ids = np.random.default_rng(0).permutation(len(shards))
-    assert [sample.key for sample in shards.read(ids)] == shards.keys[ids].tolist()
+    assert [sample.key for sample in shards.read(ids)] == shards.lookup(ids).keys.tolist()
     assert len(shards.manifest["shards"]) > 2 >= len(shards._files)
     shards.close()
     assert shards._files == {}
@@ -209,7 +209,7 @@ class All:
 
 if __name__ == "__main__":
     shards = ShardSet.open(sys.argv[1])
-    steps = StepLoader(shards, Plan(shards, 5, 4, 1000), All(), num_workers=1)
+    steps = StepLoader(shards, Plan(shards.sources, 5, 4, 1000), All(), num_workers=1)
     for step in steps:
         print(step.index, flush=True)
 """

@@ -73,7 +73,7 @@ def test_every_row_of_every_pass_is_there_once(root):
         assert shards.num_passes == passes
         assert len(shards) == passes * len(rows)
         for number in range(passes):
-            assert sorted(shards.keys[shards.passes == number].tolist()) == rows.keys.tolist()
+            assert sorted(shards.all.keys[shards.all.passes == number].tolist()) == rows.keys.tolist()
         place = {int(key): row for row, key in enumerate(rows.keys)}
         for sample in shards.read(range(len(shards))):
             row = place[sample.key]
@@ -109,7 +109,7 @@ def check_every_row(data: Path, shards: Path, tokenizer: str) -> int:
                 whole = encoder.whole_ids(encoder.text(sample.history, sample.candidates, template), sample.target)
                 np.testing.assert_array_equal(np.delete(sample.tokens, sample.slot_positions), whole)
                 compared += 1
-        lengths = [opened.tokens.sum(), opened.slots.sum(), opened.answer_tokens.sum()]
+        lengths = [opened.all.tokens.sum(), opened.all.slots.sum(), opened.all.answer_tokens.sum()]
         read = opened.read(range(len(opened)))
         assert lengths[0] == sum(len(sample.tokens) for sample in read)
         assert lengths[1] == sum(len(sample.slot_positions) for sample in read)
@@ -134,12 +134,12 @@ def test_every_row_of_movielens_is_the_whole_string(shared, tmp_path, family):
 
 def test_passes_differ_and_users_are_spread(root):
     shards = ShardSet.open(root / "shards")
-    first = {sample.key: sample for sample in shards.read(np.flatnonzero(shards.passes == 0))}
-    second = {sample.key: sample for sample in shards.read(np.flatnonzero(shards.passes == 1))}
+    first = {sample.key: sample for sample in shards.read(np.flatnonzero(shards.all.passes == 0))}
+    second = {sample.key: sample for sample in shards.read(np.flatnonzero(shards.all.passes == 1))}
     same = sum(first[key].candidates.tolist() == second[key].candidates.tolist() for key in first)
     assert same == 0
-    order = [sample.key for sample in shards.read(np.flatnonzero(shards.passes == 0))]
-    assert order != [sample.key for sample in shards.read(np.flatnonzero(shards.passes == 1))]
+    order = [sample.key for sample in shards.read(np.flatnonzero(shards.all.passes == 0))]
+    assert order != [sample.key for sample in shards.read(np.flatnonzero(shards.all.passes == 1))]
     # Neighbouring keys are windows of one user; in a shuffle a step of one is about as rare as any other.
     assert np.mean(np.abs(np.diff(order)) == 1) < 0.05
     keys = load_dataset(root / "data").train.keys
@@ -238,7 +238,7 @@ def test_limits_are_kept_and_counted(root, tmp_path):
     info = make(root, "short", max_tokens=230, max_title_tokens=8, overwrite=True)
     dataset = load_dataset(root / "data")
     shards = ShardSet.open(root / "short")
-    assert shards.tokens.max() <= 230
+    assert shards.all.tokens.max() <= 230
     place = {int(key): row for row, key in enumerate(dataset.train.keys)}
     rows = items = 0
     for sample in shards.read(range(len(shards))):
@@ -448,7 +448,7 @@ def test_reader_refuses_what_is_not_whole(copy):
     with pytest.raises(InputError, match=r"000000.tar: cannot be read"):
         shards.read([row])
     path.write_bytes(whole)
-    assert shards.read([row])[0].key == shards.keys[row]
+    assert shards.read([row])[0].key == shards.all.keys[row]
     with pytest.raises(InputError, match="no split 'dev'"):
         ShardSet.open(copy, "dev")
     with pytest.raises(InputError, match=r"shards.json: not found"):
