@@ -101,7 +101,7 @@ def test_any_step_first_is_the_same_as_in_order():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 300), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(8, 300), min_size=2, max_size=4),
     weights=st.lists(st.sampled_from(["1", "1/2", "0.3", "2", "2.5"]), min_size=4, max_size=4),
     batch=st.integers(1, 70),
     epochs=st.integers(1, 3),
