@@ -76,17 +76,16 @@ class EpochOrder:
     spread evenly over the lanes, and over every group of neighbouring lanes.
     """
 
+    source: Source
     lanes: int
     firsts: np.ndarray
     """int64: id of the block's first sample"""
     lengths: np.ndarray
-    """int64: samples of the whole block"""
+    """int32: samples of the whole block"""
     shifts: np.ndarray
-    """int64: how far into the (rotated) block the run begins"""
+    """int32: how far into the (rotated) block the run begins"""
     ends: np.ndarray
     """int64: samples of this and all earlier runs"""
-    shards: np.ndarray
-    """int64: the source's shard"""
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -112,9 +111,8 @@ class EpochOrder:
         """int64 [n]: the sample at each position."""
         places = self.lane_starts[self.lanes_of(positions)] + positions // self.lanes
         runs = np.searchsorted(self.ends, places, side="right")
-        before_end = self.ends[runs] - places
-        sizes = np.diff(self.ends, prepend=0)[runs]
-        return self.firsts[runs] + (self.shifts[runs] + sizes - before_end) % self.lengths[runs]
+        begins = np.where(runs > 0, self.ends[runs - 1], 0)
+        return self.firsts[runs] + (self.shifts[runs] + places - begins) % self.lengths[runs]
 
     def spans(self, first_lane: int, last_lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """When the shards under the lanes [first_lane, last_lane) are read.
@@ -127,7 +125,8 @@ class EpochOrder:
         cuts = np.unique(np.concatenate([self.lane_starts[first_lane : last_lane + 1], inner]))
         starts, stops = cuts[:-1], cuts[1:]
         lanes = np.searchsorted(self.lane_starts, starts, side="right") - 1
-        shards = self.shards[np.searchsorted(self.ends, starts, side="right")]
+        blocks = self.firsts[np.searchsorted(self.ends, starts, side="right")]
+        shards = np.searchsorted(self.source.first_ids, blocks, side="right") - 1
         new = np.concatenate([[True], (np.diff(shards) != 0) | (np.diff(lanes) != 0)])[: len(starts)]
         heads = np.flatnonzero(new)
         tails = np.append(heads[1:], len(starts))[: len(heads)] - 1
@@ -149,14 +148,15 @@ def epoch_order(source: Source, number: int, epoch: int, seed: int, lanes: int =
         lanes: a power of two.
     """
     parts = [_part(source, seed, number, *segment) for segment in source.segments(epoch)]
-    firsts, lengths, shifts, sizes, shards = (
-        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int64) for column in range(5)
+    firsts, lengths, shifts, sizes = (
+        np.concatenate([np.zeros(0, np.int64), *(part[column] for part in parts)]) for column in range(4)
     )
-    return EpochOrder(lanes, firsts, lengths, shifts, np.cumsum(sizes), shards)
+    # Every process of every rank holds this: 24 bytes a block.
+    return EpochOrder(source, lanes, firsts, lengths.astype(np.int32), shifts.astype(np.int32), np.cumsum(sizes))
 
 
 def _part(source: Source, seed: int, number: int, turn: int, start: int, stop: int) -> tuple[np.ndarray, ...]:
-    """Runs of the samples [start, stop) of a run's pass `turn`: firsts, lengths, shifts, sizes, shards."""
+    """Runs of the samples [start, stop) of a run's pass `turn`: firsts, lengths, shifts, sizes."""
     shards = np.flatnonzero((source.passes == turn % source.num_passes) & (source.samples > 0))
     samples = source.samples[shards]
     per_block = np.maximum(1, -(-BLOCK_BYTES * samples // source.bytes[shards]))
@@ -180,4 +180,4 @@ def _part(source: Source, seed: int, number: int, turn: int, start: int, stop: i
     sizes = np.minimum(ends, stop) - np.maximum(ends - lengths, start)
     skipped = np.maximum(start - (ends - lengths), 0)
     kept = sizes > 0
-    return firsts[kept], lengths[kept], (shifts + skipped)[kept], sizes[kept], shards[owner][kept]
+    return firsts[kept], lengths[kept], (shifts + skipped)[kept], sizes[kept]
