@@ -14,7 +14,7 @@ from typing import Any
 from llara_dist.errors import InputError
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """Hex sha256 of a byte string."""
     return hashlib.sha256(data).hexdigest()
 
@@ -71,13 +71,24 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         InputError: the file is missing or is no JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: not found; expected {what}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}); expected {what}") from None
+    return parse_json(data, str(path), what)
+
+
+def parse_json(data: bytes, shown: str, what: str) -> dict[str, Any]:
+    """A JSON object from bytes; `shown` names where they come from, `what` says what was expected.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        value = json.loads(data.decode())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{shown}: not JSON ({error}); expected {what}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object: {what}")
+        raise InputError(f"{shown}: holds a JSON {type(value).__name__}, expected an object: {what}")
     return value
 
 

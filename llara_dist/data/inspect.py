@@ -142,10 +142,14 @@ def shown_titles(shards: Path, info: dict[str, Any] | None = None) -> list[str]:
     Raises:
         InputError: items.parquet is missing or altered.
     """
+    info = form.read_shards_info(shards) if info is None else info
+    return read_shown_titles(Path(shards) / form.ITEMS, info)
+
+
+def read_shown_titles(path: Path, info: dict[str, Any]) -> list[str]:
+    """`shown_titles` from a given copy of items.parquet."""
     import pyarrow.parquet as pq
 
-    info = form.read_shards_info(shards) if info is None else info
-    path = Path(shards) / form.ITEMS
     problem = form.file_problem(path, info["items_bytes"], info["items_sha256"])
     if problem:
         raise InputError(f"{path}: {problem}; rebuild with `llara-dist shards build`")

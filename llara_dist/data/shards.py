@@ -14,7 +14,7 @@ from typing import Any
 
 from llara_dist.data.shard_index import INDEX, IndexFile
 from llara_dist.errors import InputError
-from llara_dist.integrity import read_json, sha256_file, sha256_json
+from llara_dist.integrity import parse_json, sha256_file, sha256_json
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
@@ -51,15 +51,47 @@ def seal(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "hash": sha256_json(value)}
 
 
-def _read_sealed(path: Path, what: str) -> dict[str, Any]:
-    value = read_json(path, what)
+def parse_sealed(data: bytes, shown: str, what: str) -> dict[str, Any]:
+    """The content of a sealed JSON file; `shown` names it in errors, `what` says what was expected.
+
+    Raises:
+        InputError: not JSON, of another format version, or altered.
+    """
+    value = parse_json(data, shown, what)
     if value.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{path}: format_version {value.get('format_version')!r}, this release reads {FORMAT_VERSION}; {_REBUILD}"
+            f"{shown}: format_version {value.get('format_version')!r}, this release reads {FORMAT_VERSION}; {_REBUILD}"
         )
     if value.get("hash") != sha256_json({name: field for name, field in value.items() if name != "hash"}):
-        raise InputError(f"{path}: altered, its content does not have the hash it names; {_REBUILD}")
+        raise InputError(f"{shown}: altered, its content does not have the hash it names; {_REBUILD}")
     return value
+
+
+def parse_shards_info(data: bytes, shown: str) -> dict[str, Any]:
+    """The content of a `shards.json`, its own hash checked; `shown` names the file in errors.
+
+    Raises:
+        InputError: of another format version, or altered.
+    """
+    return parse_sealed(data, shown, "a shards folder (made by `llara-dist shards build`)")
+
+
+def parse_manifest(data: bytes, shown: str, split: str, info: dict[str, Any]) -> dict[str, Any]:
+    """The content of a split's `manifest.json`, checked against its own hash and against shards.json.
+
+    Raises:
+        InputError: altered, or from another build.
+    """
+    manifest = parse_sealed(data, shown, "a shard set's manifest")
+    if manifest["hash"] != info["splits"][split]["hash"]:
+        raise InputError(f"{shown}: belongs to another build than the folder's {SHARDS}; {_REBUILD}")
+    return manifest
+
+
+def require_split(split: str, info: dict[str, Any], shown: str) -> None:
+    """Raises InputError where a shards folder has no such split."""
+    if split not in info["splits"]:
+        raise InputError(f"{shown}: no split {split!r}; there are {', '.join(info['splits'])}")
 
 
 def read_shards_info(shards: Path) -> dict[str, Any]:
@@ -68,7 +100,8 @@ def read_shards_info(shards: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, of another format version, or altered.
     """
-    return _read_sealed(Path(shards) / SHARDS, "a shards folder (made by `llara-dist shards build`)")
+    path = Path(shards) / SHARDS
+    return parse_shards_info(_bytes(path, "a shards folder (made by `llara-dist shards build`)"), str(path))
 
 
 def read_manifest(shards: Path, split: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -77,13 +110,16 @@ def read_manifest(shards: Path, split: str, info: dict[str, Any]) -> dict[str, A
     Raises:
         InputError: missing, altered, from another build, or no such split.
     """
-    if split not in info["splits"]:
-        raise InputError(f"{shards}: no split {split!r}; there are {', '.join(info['splits'])}")
+    require_split(split, info, str(shards))
     path = Path(shards) / split / MANIFEST
-    manifest = _read_sealed(path, "a shard set's manifest")
-    if manifest["hash"] != info["splits"][split]["hash"]:
-        raise InputError(f"{path}: belongs to another build than {Path(shards) / SHARDS}; {_REBUILD}")
-    return manifest
+    return parse_manifest(_bytes(path, "a shard set's manifest"), str(path), split, info)
+
+
+def _bytes(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: not found; expected {what}") from None
 
 
 def read_index(folder: Path, manifest: dict[str, Any]) -> IndexFile:

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from llara_dist.data import shards as form
+from llara_dist.data.inspect import read_shown_titles
 from llara_dist.data.samples import Sample, unpack
-from llara_dist.data.shard_index import REMEDY, IndexFile
+from llara_dist.data.shard_index import INDEX, REMEDY, IndexFile
 from llara_dist.errors import InputError
+from llara_dist.stream.folder import File, Folder, LocalFolder, OpenFiles
 from llara_dist.stream.order import Source
-
-_OPEN_FILES = 256
-"""shards kept open in a process, the oldest closed first; the usual limit of a process is 1,024 files"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,55 @@ class SampleInfo:
     answer_tokens: np.ndarray
     """int32, EOS included"""
 
+    @classmethod
+    def empty(cls, n: int) -> SampleInfo:
+        """Room for n samples, to be filled in."""
+        dtypes = (np.uint64, np.int16, np.int32, np.int32, np.int32)
+        return cls(*(np.empty(n, dtype) for dtype in dtypes))
+
+
+class Samples(Protocol):
+    """One split of a shards folder or of a mixture, open for reading."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """dataset (name, hash), tokenizer_hash, num_items"""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Names the content."""
+        ...
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What a plan is made of."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest row, in the hybrid form."""
+        ...
+
+    @property
+    def all(self) -> SampleInfo:
+        """The whole split; for splits that are small enough to be looked at whole."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def lookup(self, ids: np.ndarray) -> SampleInfo:
+        """What the index says of samples, int64 [n] in any order."""
+        ...
+
+    def read(self, ids: Iterable[int]) -> list[Sample]:
+        """Samples in the given order. Raises InputError where one is damaged."""
+        ...
+
+    def titles(self) -> list[str]:
+        """By item id, the titles as the prompts show them."""
+        ...
+
 
 @dataclass(frozen=True)
 class ShardSet:
@@ -44,42 +92,37 @@ class ShardSet:
     Safe to hand to worker processes: files are opened and mapped where they are used and stay there.
     """
 
-    folder: Path
-    """the split's folder"""
+    folder: Folder
+    """the shards folder"""
     info: dict[str, Any]
     """shards.json: dataset, tokenizer_hash, domain, num_items, recipe, counts"""
     manifest: dict[str, Any]
     index: IndexFile
-    _files: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
-    """shard → file descriptor, in this process"""
+    _files: OpenFiles = field(default_factory=OpenFiles, repr=False, compare=False)
 
     @classmethod
-    def open(cls, shards: Path | str, split: str = "train") -> ShardSet:
-        """Open a split; shards.json, manifest and index are checked against their hashes, shards against their sizes.
+    def open(cls, shards: Folder | Path | str, split: str = "train") -> ShardSet:
+        """Open a split.
+
+        shards.json and manifest are checked against their hashes, the index and the shards of a local folder against
+        their sizes; the index's record batches and the samples when they are read.
 
         Raises:
             InputError: something is missing, truncated, altered or from another build (names the file).
         """
-        shards = Path(shards)
-        info = form.read_shards_info(shards)
-        manifest = form.read_manifest(shards, split, info)
-        folder = shards / split
-        for shard in manifest["shards"]:
-            path = folder / shard["name"]
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard["bytes"]:
-                problem = "missing" if found is None else f"{found} bytes, the manifest names {shard['bytes']}"
-                raise InputError(f"{path}: {problem}; run `llara-dist shards verify {shards}`")
-        return cls(folder, info, manifest, form.read_index(folder, manifest))
+        folder = LocalFolder(Path(shards)) if isinstance(shards, str | Path) else shards
+        info = form.parse_shards_info(folder.read(form.SHARDS), folder.shown(form.SHARDS))
+        form.require_split(split, info, folder.shown(""))
+        inside = folder.folder(split)
+        manifest = form.parse_manifest(inside.read(form.MANIFEST), inside.shown(form.MANIFEST), split, info)
+        if isinstance(inside, LocalFolder):
+            for shard in manifest["shards"]:
+                inside.local(_file(shard))
+        index = inside.local(File(INDEX, manifest["index"]["bytes"], manifest["index"]["sha256"]))
+        return cls(folder, info, manifest, IndexFile.open(index, manifest))
 
     def __len__(self) -> int:
         return self.manifest["samples"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     @property
     def hash(self) -> str:
@@ -118,14 +161,7 @@ class ShardSet:
             InputError: the index is damaged there.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        n = len(ids)
-        found = SampleInfo(
-            np.empty(n, np.uint64),
-            np.empty(n, np.int16),
-            np.empty(n, np.int32),
-            np.empty(n, np.int32),
-            np.empty(n, np.int32),
-        )
+        found = SampleInfo.empty(len(ids))
         for shard, places, rows in self._by_shard(ids):
             index = self.index.shard(shard)
             found.passes[places] = self.manifest["shards"][shard]["pass"]
@@ -155,37 +191,50 @@ class ShardSet:
         Raises:
             InputError: a sample's bytes are short or have another crc32 (names shard, offset, key).
         """
+        self._files.tick()
         return [self._read(int(number)) for number in ids]
 
-    def _read(self, number: int) -> Sample:
+    def _read(self, number: int, again: bool = False) -> Sample:
         shard = int(np.searchsorted(self.first_ids, number, side="right")) - 1
         index, row = self.index.shard(shard), number - int(self.first_ids[shard])
         offset, size, key = int(index.offsets[row]), int(index.sizes[row]), int(index.keys[row])
-        payload = os.pread(self._descriptor(shard), size, offset)
+        folder, file = self.split_folder, self.file(shard)
+        payload = os.pread(self._files.get(shard, lambda: folder.open(file)), size, offset)
         problem = form.payload_problem(payload, size, int(index.crc32[row]))
         if problem is None:
             sample = unpack(payload)
             if sample.key == key and sample.pass_index == self.manifest["shards"][shard]["pass"]:
                 return sample
             problem = f"holds key {sample.key} of pass {sample.pass_index}"
+        self._files.close(shard)
+        if not again and folder.discard(file):
+            return self._read(number, again=True)
         raise InputError(
-            f"{self._path(shard)}: sample at offset {offset}, key {key}: {problem}; {REMEDY}", everywhere=False
+            f"{folder.shown(file.name)}: sample at offset {offset}, key {key}: {problem}; {REMEDY}", everywhere=False
         )
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / self.manifest["shards"][shard]["name"]
+    @property
+    def split_folder(self) -> Folder:
+        """Where the tars lie."""
+        return self.folder.folder(self.manifest["split"])
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            try:
-                self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise InputError(f"{self._path(shard)}: cannot be read ({error.strerror})", everywhere=False) from None
-        return self._files[shard]
+    def file(self, shard: int) -> File:
+        """A shard's file."""
+        return _file(self.manifest["shards"][shard])
+
+    def titles(self) -> list[str]:
+        """By item id, the titles as the prompts show them.
+
+        Raises:
+            InputError: items.parquet is missing or altered.
+        """
+        file = File(form.ITEMS, self.info["items_bytes"], self.info["items_sha256"])
+        return read_shown_titles(self.folder.local(file), self.info)
 
     def close(self) -> None:
-        """Close this process's file handles; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Close this process's file descriptors; reading opens them again."""
+        self._files.close()
+
+
+def _file(shard: dict[str, Any]) -> File:
+    return File(shard["name"], shard["bytes"], shard["sha256"])

@@ -126,7 +126,7 @@ def test_resuming_anywhere_continues_exactly(shards):
     whole = list(loader(shards, world_size=2, rank=1))
     assert plan.steps_per_epoch < plan.num_steps
     for first in (1, plan.steps_per_epoch - 1, plan.steps_per_epoch, plan.num_steps - 1, plan.num_steps):
-        resumed = list(loader(ShardSet.open(shards.folder.parent), world_size=2, rank=1, first_step=first))
+        resumed = list(loader(ShardSet.open(shards.folder), world_size=2, rank=1, first_step=first))
         assert len(resumed) == plan.num_steps - first
         for one, other in zip(whole[first:], resumed, strict=True):
             assert_same(one, other)
@@ -172,13 +172,22 @@ def test_programming_errors_come_through(shards, workers):
         list(broken)
 
 
-def test_few_files_stay_open(shards, monkeypatch):
-    monkeypatch.setattr("llara_dist.stream.reader._OPEN_FILES", 2)
+def test_few_files_stay_open(shards):
+    shards._files.most = 2
     ids = np.random.default_rng(0).permutation(len(shards))
     assert [sample.key for sample in shards.read(ids)] == shards.lookup(ids).keys.tolist()
     assert len(shards.manifest["shards"]) > 2 >= len(shards._files)
     shards.close()
-    assert shards._files == {}
+    assert len(shards._files) == 0
+
+
+def test_files_left_behind_are_closed(shards):
+    shards.read(shards.first_ids[[0, 1]])
+    for _ in range(shards._files.idle):
+        shards.read(shards.first_ids[[1]])
+    assert len(shards._files) == 2
+    shards.read(shards.first_ids[[1]])
+    assert len(shards._files) == 1
 
 
 def test_refused_before_anything_is_read(shards):
