@@ -32,6 +32,8 @@ OWNERS = {
     "bitsandbytes": {"model"},
     "triton": {"model"},
     "deepspeed": {"training", "distributed"},
+    "fsspec": {"stream"},
+    "aiohttp": {"stream"},
 }
 
 
