@@ -97,27 +97,39 @@ class DataConfig:
     """Where the samples come from and how they are read.
 
     Attributes:
-        shards: folder made by `llara-dist shards build`.
+        shards: what `llara-dist shards build` or `shards mix` made: a path, or a URL (https://, s3://, gs://).
         epochs: passes over the training samples.
         max_steps: stop the plan (and the schedules' horizon T) after so many optimizer steps; 0 = all epochs.
         global_batch_samples: samples an optimizer step, over all ranks.
         max_tokens_per_microbatch: token budget of one packed row, one forward and backward pass of one rank.
         workers: reader processes a rank; 0 = read in the training process.
+        cache: folder on the node's own disk for copies of shards at a URL; by default one under $TMPDIR.
+        cache_limit_gib: most that the cache may hold; 0 = no limit.
+        lookahead_gib: how far shards are fetched ahead of the steps, beyond those in use.
+        lanes: streams that every step draws from equally, a power of two; a node reads its own lanes, so not fewer than
+            nodes. It is part of the plan: a run cannot be resumed with another number.
     """
 
-    shards: Path = Path()
+    shards: str = ""
     epochs: int = 5
     max_steps: int = 0
     global_batch_samples: int = 128
     max_tokens_per_microbatch: int = 8192
     workers: int = 2
+    cache: Path = Path()
+    cache_limit_gib: float = 0.0
+    lookahead_gib: float = 4.0
+    lanes: int = 128
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"data.epochs={self.epochs}: must be at least 1")
         _require(self.max_steps >= 0, f"data.max_steps={self.max_steps}: must not be negative")
         _require(self.global_batch_samples >= 1, f"data.global_batch_samples={self.global_batch_samples}: at least 1")
         _require(self.max_tokens_per_microbatch >= 8, "data.max_tokens_per_microbatch: must be at least 8 tokens")
-        _require(self.workers >= 0, f"data.workers={self.workers}: must not be negative")
+        for name in ("workers", "cache_limit_gib", "lookahead_gib"):
+            _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
+        lanes = self.lanes
+        _require(lanes >= 1 and lanes & (lanes - 1) == 0, f"data.lanes={lanes}: must be a power of two")
 
 
 @dataclass(frozen=True)

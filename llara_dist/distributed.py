@@ -168,6 +168,12 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def node_ranks(world: World) -> list[range]:
+    """The ranks of each node, in order; a collective. Ranks of a node follow each other in every launcher's order."""
+    starts = [rank for rank, local in enumerate(gather_objects(world.local_rank)) if local == 0 or rank == 0]
+    return [range(*pair) for pair in zip(starts, [*starts[1:], world.size], strict=True)]
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     import torch.distributed

@@ -58,7 +58,7 @@ def make_inputs(folder: Path) -> None:
 def run_config(inputs: Path, out: Path, stage: str = "zero0", **data: Any) -> RunConfig:
     """A small NF4 + LoRA run at dropout 0: several uneven micro-batches a step, a short last step of each epoch."""
     settings = DataConfig(
-        shards=inputs / "shards", epochs=3, global_batch_samples=7, max_tokens_per_microbatch=600, workers=0
+        shards=str(inputs / "shards"), epochs=3, global_batch_samples=7, max_tokens_per_microbatch=600, workers=0
     )
     return RunConfig(
         model=ModelConfig(path=str(inputs / "llm"), bits=4),

@@ -10,7 +10,6 @@ import numpy as np
 
 from llara_dist import console, distributed
 from llara_dist.config import RunConfig
-from llara_dist.data.inspect import shown_titles
 from llara_dist.data.predictions import Predictions, write_predictions
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.errors import InputError
@@ -20,7 +19,7 @@ from llara_dist.evaluation.predict import predict
 from llara_dist.integrity import staged_folder, write_json
 from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.recommenders.ranking import rank_targets, ranking_scores
-from llara_dist.stream.reader import ShardSet
+from llara_dist.stream.locations import node_cache, open_samples
 from llara_dist.training.preflight import check_language_model, check_recommender
 from llara_dist.training.trained import load_trained
 
@@ -40,7 +39,7 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    shards: Path | None = None,
+    shards: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> dict[str, Any]:
@@ -86,8 +85,8 @@ def evaluate(
     trained = load_trained(Path(run), target_device)
     config = trained.config
     if shards is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=Path(shards)))
-    opened = ShardSet.open(config.data.shards, split)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
+    opened = open_samples(config.data.shards, split, node_cache(config.data))
     check_language_model(config, opened)
     check_recommender(config, opened, load_item_table(config.recommender.path))
     hybrid = form_is_hybrid(form, config)
@@ -100,7 +99,7 @@ def evaluate(
             opened,
             ids,
             load_tokenizer(config.model.path),
-            shown_titles(config.data.shards),
+            opened.titles(),
             hybrid=hybrid,
             generation=generation,
             ranking=ranking,

@@ -17,7 +17,7 @@ from llara_dist.evaluation.metrics import PROTOCOLS, judge
 from llara_dist.evaluation.prompts import read_prompts
 from llara_dist.evaluation.scoring import score_candidates
 from llara_dist.model.hybrid import HybridLlama
-from llara_dist.stream.reader import ShardSet
+from llara_dist.stream.reader import Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class RowResult:
 
 def predict(
     model: HybridLlama,
-    shards: ShardSet,
+    shards: Samples,
     ids: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     titles: Sequence[str],

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from llara_dist.errors import InputError
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.plan import Plan
-from llara_dist.stream.reader import ShardSet
+from llara_dist.stream.prefetch import Prefetcher
+from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world, share_out
 
 Draw = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
@@ -50,7 +51,7 @@ class Step:
 class StepMaker:
     """Makes any step of a plan for one rank; the same in every process."""
 
-    shards: ShardSet
+    shards: Samples
     plan: Plan
     draw: Draw
     rank: int
@@ -107,7 +108,7 @@ class StepLoader:
     The steps are the same for any number of workers. Worker processes only read files and arrays.
 
     Args:
-        shards: the shard set that `plan` was made for.
+        shards: what `plan` was made for.
         plan: the run's plan.
         draw: which samples are hybrid; with workers it must be picklable.
         rank: this rank, from 0.
@@ -119,6 +120,7 @@ class StepLoader:
         num_workers: processes that prepare steps; 0 makes them in the loop's own process.
         last_step: where to stop, exclusive; the plan's end by default.
         pin_memory: whether batches come in page-locked memory (for a GPU).
+        lookahead: told of each step that is handed out, and closed at the end.
 
     Raises:
         InputError: more ranks than samples in a global batch, or a row that exceeds the budget.
@@ -126,7 +128,7 @@ class StepLoader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: Samples,
         plan: Plan,
         draw: Draw,
         rank: int = 0,
@@ -137,6 +139,7 @@ class StepLoader:
         num_workers: int = 0,
         last_step: int | None = None,
         pin_memory: bool = False,
+        lookahead: Prefetcher | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
@@ -151,11 +154,22 @@ class StepLoader:
         self._steps = _Steps(self.maker, first_step, last)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+        self._lookahead = lookahead
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Step]:
+        try:
+            for step in self._make_steps():
+                if self._lookahead is not None:
+                    self._lookahead.at_step(step.index)
+                yield step
+        finally:
+            if self._lookahead is not None:
+                self._lookahead.close()
+
+    def _make_steps(self) -> Iterator[Step]:
         if self._num_workers == 0:
             for index in range(self._steps.first, self._steps.last):
                 step = self.maker.make(index)

@@ -105,6 +105,10 @@ class Plan:
             raise IndexError(f"step {step} of a plan of {self.num_steps} steps")
         return int(np.searchsorted(self._first_steps, step, side="right")) - 1
 
+    def first_step_after_epoch(self, epoch: int) -> int:
+        """Where the next epoch begins, or the number of steps."""
+        return int(self._first_steps[epoch + 1])
+
     def step(self, step: int) -> np.ndarray:
         """Sample ids of an optimizer step in order, int64 [n], 1 <= n <= global_batch."""
         orders = self._orders_of(self.epoch(step))

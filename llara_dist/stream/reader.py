@@ -139,7 +139,7 @@ class ShardSet:
         """Positions of the longest row, in the hybrid form."""
         return self.info["splits"][self.manifest["split"]]["longest_row_tokens"]
 
-    @cached_property
+    @property
     def sources(self) -> tuple[Source, ...]:
         """What a plan is made of."""
         columns = {
@@ -171,7 +171,7 @@ class ShardSet:
             found.answer_tokens[places] = index.answer_tokens[rows]
         return found
 
-    @cached_property
+    @property
     def all(self) -> SampleInfo:
         """The whole split; for splits that are small enough to be looked at whole."""
         return self.lookup(np.arange(len(self)))

@@ -39,10 +39,10 @@ def train(config: RunConfig, debug: bool = False) -> dict[str, Any]:
     try:
         debugger = Debugger(config, device) if debug else None
         run = open_run(config, inputs, world, device)
-        if world.is_main and inputs.plan.epoch(run.total_steps - 1) >= inputs.shards.num_passes:
+        if world.is_main and inputs.plan.epoch(run.total_steps - 1) > 0 and inputs.plan.repeats_passes:
             say(
-                f"{config.data.shards} holds {inputs.shards.num_passes} pass(es): later epochs show the same prompts "
-                "and candidates again; build with more --passes to draw them anew"
+                f"{config.data.shards} holds fewer passes than the run reads: later epochs show the same prompts and "
+                "candidates again; build with more --passes to draw them anew"
             )
         if world.is_main and run.first_step > 0:
             say(f"going on from step {run.first_step} of {run.total_steps}")

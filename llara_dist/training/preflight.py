@@ -11,8 +11,9 @@ from llara_dist.distributed import World
 from llara_dist.errors import InputError
 from llara_dist.model.llama import read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
+from llara_dist.stream.locations import node_cache, open_samples
 from llara_dist.stream.plan import Plan
-from llara_dist.stream.reader import ShardSet
+from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world
 from llara_dist.training import debug
 from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
@@ -32,7 +33,7 @@ class Inputs:
         total_steps: T.
     """
 
-    shards: ShardSet
+    shards: Samples
     plan: Plan
     item_table: ItemTable
     ds_config: dict[str, Any]
@@ -48,12 +49,12 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     """
     config.require_inputs()
     ds_config = read_ds_config(config.deepspeed)
-    shards = ShardSet.open(config.data.shards, "train")
+    shards = open_samples(config.data.shards, "train", node_cache(config.data))
     check_language_model(config, shards)
     item_table = load_item_table(config.recommender.path)
     check_recommender(config, shards, item_table)
     check_world(shards.longest, config.data.global_batch_samples, world.size, config.data.max_tokens_per_microbatch)
-    plan = Plan(shards.sources, config.seed, config.data.global_batch_samples, config.data.epochs)
+    plan = Plan(shards.sources, config.seed, config.data.global_batch_samples, config.data.epochs, config.data.lanes)
     checkpoint = newest_checkpoint(config.out / "checkpoints") if config.resume == "auto" else None
     holds_run = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoints"))
     if config.resume == "no" and holds_run and not (config.out / debug.MARK).is_dir():
@@ -62,7 +63,7 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     return Inputs(shards, plan, item_table, ds_config, checkpoint, total)
 
 
-def check_language_model(config: RunConfig, shards: ShardSet) -> None:
+def check_language_model(config: RunConfig, shards: Samples) -> None:
     """The model's tokenizer is the shards', and its context holds their longest row.
 
     Raises:
@@ -82,7 +83,7 @@ def check_language_model(config: RunConfig, shards: ShardSet) -> None:
         )
 
 
-def check_recommender(config: RunConfig, shards: ShardSet, item_table: ItemTable) -> None:
+def check_recommender(config: RunConfig, shards: Samples, item_table: ItemTable) -> None:
     """The item table was trained on the data set that the shards were built from.
 
     Published weights name no data set: there the number of items is all that can be compared.

@@ -12,12 +12,14 @@ import torch
 
 from llara_dist import __version__
 from llara_dist.config import RunConfig, to_dict
-from llara_dist.distributed import World
+from llara_dist.distributed import World, node_ranks
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json, write_json
 from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.model.llama import base_fingerprint
 from llara_dist.stream.loader import StepLoader
+from llara_dist.stream.locations import absolute_location, is_remote
+from llara_dist.stream.lookahead import start_lookahead
 from llara_dist.training.checkpoint import Checkpoint, load_moments, load_parameters, save_checkpoint
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine, zero_stage
@@ -93,7 +95,7 @@ def absolute(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         model=model,
-        data=dataclasses.replace(config.data, shards=config.data.shards.resolve()),
+        data=dataclasses.replace(config.data, shards=absolute_location(config.data.shards)),
         recommender=dataclasses.replace(config.recommender, path=config.recommender.path.resolve()),
         out=config.out.resolve(),
     )
@@ -159,10 +161,20 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
         load_moments(engine, inputs.checkpoint)
     curriculum = Curriculum(config.curriculum, inputs.total_steps, config.seed)
     first_step = inputs.checkpoint.step if inputs.checkpoint is not None else 0
+    nodes, lookahead = None, None
+    steps = range(first_step, inputs.total_steps)
+    if is_remote(inputs.shards) and len(steps):
+        by_node = node_ranks(world)
+        nodes = tuple(len(ranks) for ranks in by_node)
+        if world.local_rank == 0:
+            ranks = next(ranks for ranks in by_node if world.rank in ranks)
+            lookahead = start_lookahead(inputs.shards, inputs.plan, config.data, steps, ranks, world.size)
     loader = StepLoader(
         inputs.shards,
         inputs.plan,
         curriculum.draw,
+        nodes=nodes,
+        lookahead=lookahead,
         rank=world.rank,
         world_size=world.size,
         max_tokens_per_microbatch=config.data.max_tokens_per_microbatch,

@@ -45,7 +45,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = RunConfig(
         model=ModelConfig(path=str(root / "llm"), bits=32),
         recommender=RecommenderConfig(root / "rec"),
-        data=DataConfig(shards=root / "shards", max_steps=2, global_batch_samples=8, workers=0),
+        data=DataConfig(shards=str(root / "shards"), max_steps=2, global_batch_samples=8, workers=0),
         deepspeed=REPOSITORY / "ds_configs" / "zero0.json",
         out=root / "run",
         device="cpu",
@@ -164,10 +164,10 @@ def test_bad_input_has_one_clear_line_and_writes_nothing(tuned: Path, tmp_path: 
     with pytest.raises(InputError, match="nothing is left to evaluate"):
         evaluate(tuned / "run", generation=False, ranking=False, out=out)
     with pytest.raises(InputError, match=r"nowhere"):
-        evaluate(tuned / "run", shards=tmp_path / "nowhere", out=out)
+        evaluate(tuned / "run", shards=str(tmp_path / "nowhere"), out=out)
     build(tuned / "data", str(_other_tokenizer(tmp_path / "spm")), tmp_path / "shards", processes=1)
     with pytest.raises(InputError, match="tokenizer"):
-        evaluate(tuned / "run", shards=tmp_path / "shards", out=out)
+        evaluate(tuned / "run", shards=str(tmp_path / "shards"), out=out)
     assert not out.exists()
 
 
