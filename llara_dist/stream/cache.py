@@ -7,7 +7,7 @@ Everything between processes goes through flock, which the kernel drops when a p
   killed process left is taken over by the next one that wants the file, or evicted. A `.part` has its whole size from
   the beginning (sparse), so that its room is taken.
 - `{sha256}` is a file, verified. A reader's descriptor holds the lock shared; who can have it exclusively may evict.
-- `.space`, held for moments, orders decisions about room.
+- `.space`, held for moments, orders whatever adds to the cache, renames or evicts: who holds it sees one state.
 
 A path may change hands between open and flock, so each lock is followed by a look whether the path still names that
 file. A `.part` is renamed or unlinked only by who holds its lock, a file is unlinked only by who holds `.space`.
@@ -32,7 +32,7 @@ from llara_dist.stream.remote import RemoteFolder, Retry, TransferError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPACE = ".space"
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
 _GIB = 1 << 30
 
 
@@ -135,14 +135,18 @@ class NodeCache:
         """
         path = self.folder / file.sha256
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256:
-                return False
+            with contextlib.suppress(OSError):  # a bad block of the disk is damage too
+                if hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256:
+                    return False
             self._drop(opened.fileno(), path)
         return True
 
     def usage(self) -> int:
         """Bytes that the cache takes; a download in progress counts with its whole size."""
-        return sum(size for _, size, _ in self._entries())
+        if not self.folder.is_dir():
+            return 0
+        with self._space():
+            return sum(size for _, size, _ in self._entries())
 
     def _open_present(self, file: CachedFile) -> int | None:
         """A leased descriptor of the copy that is here, or None."""
@@ -167,15 +171,15 @@ class NodeCache:
         part, path = self.folder / f".{file.sha256}.part", self.folder / file.sha256
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with _closed_unless_kept(descriptor) as kept:
-            _lock(descriptor, stop)
-            if not _is_at(descriptor, part):
+            if not _become_downloader(descriptor, part, stop):
                 return None
             try:
                 if path.exists():
                     return None
                 self.retry.run(lambda: self._attempt(descriptor, file, stop), file.shown, _sleeper(stop))
                 os.fsync(descriptor)
-                os.rename(part, path)
+                with self._space():
+                    os.rename(part, path)
             finally:
                 # Still ours: others that want this path wait for the lock. After the rename it is another's.
                 if _is_at(descriptor, part):
@@ -205,7 +209,7 @@ class NodeCache:
                     digest.update(chunk)
                     out.write(chunk)
         except TransferError as error:
-            seen = f", {received} of {file.size} bytes" if received else ""
+            seen = "" if error.final else f" after {received} of {file.size} bytes"
             raise TransferError(f"{error}{seen}", error.final) from None
         if received != file.size:
             seen = "more came than the" if received > file.size else f"the transfer ended early, {received} of the"
@@ -245,9 +249,9 @@ class NodeCache:
                 path.unlink()
 
     def _entries(self) -> list[tuple[int, int, Path]]:
-        """(last use ns, bytes, path) of files and downloads."""
+        """(last use ns, bytes, path) of files and downloads; `.space` is held, or a rename is seen twice or never."""
         entries = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as scan:
+        with os.scandir(self.folder) as scan:
             for entry in scan:
                 if _SHA256.fullmatch(entry.name.removeprefix(".").removesuffix(".part")):
                     with contextlib.suppress(FileNotFoundError):
@@ -291,17 +295,16 @@ def _evict(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, stop: threading.Event | None) -> None:
-    """Wait for the exclusive lock, or until `stop` is set."""
-    if stop is None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return
-    while True:
+def _become_downloader(descriptor: int, part: Path, stop: threading.Event | None) -> bool:
+    """Wait for the right to download: true with the lock held, false when another process has finished meanwhile."""
+    sleep = _sleeper(stop)
+    while _is_at(descriptor, part):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        if stop.wait(_POLL_SECONDS):
-            raise Stopped
+            return _is_at(descriptor, part)
+        # No blocking wait: once the download is renamed, its readers' leases lie on this very file and keep the lock.
+        sleep(_POLL_SECONDS)
+    return False
 
 
 def _sleeper(stop: threading.Event | None) -> Callable[[float], None]:

@@ -49,7 +49,8 @@ class Prefetcher:
     """Fetches the files of a plan ahead of its steps, and holds them so that eviction leaves them alone.
 
     To run in one process of a node: its leases and files count for all. `ahead_bytes` should leave room below the
-    cache's limit for what readers hold. A file that cannot be had is left to its reader, who will meet the error and raise it.
+    cache's limit for what readers hold. A file that cannot be had is left to its reader, who will meet the error and
+    raise it.
 
     Args:
         cache: the node's.
@@ -190,17 +191,34 @@ class Prefetcher:
             return None
 
     def _put_back(self, lease: _Lease) -> None:
-        """Nothing more fits into the cache: go on at a later step."""
+        """No room in the cache: what is needed last gives way, and where nothing can, a later step tries again."""
         with self._changed:
             heapq.heappush(self._queue, (lease.order, lease))
-            self._full = True
+            later = [
+                other for other in self._leases.values() if other.descriptor is not None and other.order > lease.order
+            ]
+            if later:
+                self._give_way(max(later, key=lambda other: other.order))
+            else:
+                self._full = True
 
     def _keep(self, lease: _Lease, descriptor: int) -> None:
         with self._changed:
-            if self._leases.get(lease.file.sha256) is lease and not self._stop.is_set():
-                lease.descriptor = descriptor
+            if self._leases.get(lease.file.sha256) is not lease or self._stop.is_set():
+                os.close(descriptor)  # its steps are over already
                 return
-        os.close(descriptor)  # its steps are over already
+            lease.descriptor = descriptor
+            if self._full and self._queue and self._queue[0][0] < lease.order:
+                self._give_way(lease)
+
+    def _give_way(self, lease: _Lease) -> None:
+        """Let go of a file in favour of the first in the queue; it is asked for again after that one."""
+        if lease.descriptor is not None:
+            os.close(lease.descriptor)
+        lease.descriptor = None
+        heapq.heappush(self._queue, (lease.order, lease))
+        self._full = False
+        self._changed.notify_all()
 
     def _release(self, lease: _Lease) -> None:
         del self._leases[lease.file.sha256]

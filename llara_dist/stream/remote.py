@@ -201,9 +201,13 @@ class RemoteFolder:
 
         async def read() -> bytes:
             pieces, size = [], 0
-            while size < _HTTP_CHUNK_BYTES and (piece := await response.content.read(_HTTP_CHUNK_BYTES - size)):
-                pieces.append(piece)
-                size += len(piece)
+            try:
+                while size < _HTTP_CHUNK_BYTES and (piece := await response.content.read(_HTTP_CHUNK_BYTES - size)):
+                    pieces.append(piece)
+                    size += len(piece)
+            except Exception:  # what came before counts as received; the stream raises again at the next read
+                if not pieces:
+                    raise
             return b"".join(pieces)
 
         async def close() -> None:
@@ -295,7 +299,8 @@ def _bad_status(status: int) -> TransferError:
 
 def _explain(error: Exception) -> TransferError:
     """A library's error in words that hold no credentials."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's errors; gcsfs' errors
+    # aiohttp says status, gcsfs says code.
+    status = getattr(error, "status" if hasattr(error, "status") else "code", None)
     if isinstance(status, int) and 300 <= status < 600:
         return _bad_status(status)
     if isinstance(error, FileNotFoundError):
@@ -309,6 +314,10 @@ def _explain(error: Exception) -> TransferError:
         return TransferError(f"no credentials found ({name})", final=True)
     if "Url" in name or "URL" in name:  # a broken redirect: such an error's text is the address itself
         return TransferError(f"the address or the redirect is broken ({name})", final=True)
+    if name == "ClientPayloadError":
+        return TransferError("the connection was cut")
+    if name == "TooManyRedirects":
+        return TransferError("the server redirects in a circle", final=True)
     text = redact(" ".join(str(error).split()))
     final = type(error) is OSError and error.errno in _FINAL_ERRNOS
     return TransferError(f"{name}: {text}" if text else name, final)
