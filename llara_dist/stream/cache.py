@@ -176,6 +176,7 @@ class NodeCache:
             try:
                 if path.exists():
                     return None
+                self._take_room(descriptor, file)
                 self.retry.run(lambda: self._attempt(descriptor, file, stop), file.shown, _sleeper(stop))
                 os.fsync(descriptor)
                 with self._space():
@@ -190,9 +191,7 @@ class NodeCache:
             return kept() if _is_at(descriptor, path) else None
 
     def _attempt(self, descriptor: int, file: CachedFile, stop: threading.Event | None) -> None:
-        """One transfer into the staging file, verified."""
-        os.ftruncate(descriptor, 0)
-        self._take_room(descriptor, file)
+        """One transfer into the staging file, verified; over what an earlier attempt left, so that its room is kept."""
         os.lseek(descriptor, 0, os.SEEK_SET)
         digest, received = hashlib.sha256(), 0
         try:
