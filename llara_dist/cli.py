@@ -64,6 +64,11 @@ COMMANDS = {
         "check every byte of every shard against index and manifest",
         "llara-dist shards verify shards/out/movielens",
     ),
+    "shards repair": Command(
+        "llara_dist.data.repair:repair",
+        "rebuild what is damaged from the dataset folder, byte for byte, and nothing else",
+        "llara-dist shards repair shards/out/movielens --data data/movielens",
+    ),
     "shards inspect": Command(
         "llara_dist.data.inspect:inspect_sample",
         "print one sample so that a person can read it, in both forms",
@@ -84,7 +89,7 @@ COMMANDS = {
 
 GROUPS = {
     "recommender": "the frozen sequential recommender: train, eval",
-    "shards": "training samples as WebDataset shards: build, verify, inspect",
+    "shards": "training samples as WebDataset shards: build, verify, repair, inspect",
 }
 
 
@@ -116,8 +121,8 @@ def find_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     raise InputError(f"unknown command {arguments[0]!r}; `llara-dist --help` lists the commands")
 
 
-POSITIONAL = {"shards verify": "shards", "shards inspect": "shards", "download": "dataset"}
-"""Commands whose first argument may be given without its option's name."""
+POSITIONAL = {"shards verify": "shards", "shards repair": "shards", "shards inspect": "shards", "download": "dataset"}
+"""Commands whose first argument may be given without its option's name; only --json may stand before it."""
 
 
 def normalise(name: str, arguments: list[str]) -> list[str]:
@@ -128,8 +133,9 @@ def normalise(name: str, arguments: list[str]) -> list[str]:
         spelled.append(
             option.replace("-", "_").replace("__", "--", 1) + equals + value if option[:2] == "--" else argument
         )
-    if name in POSITIONAL and spelled and not spelled[0].startswith("-"):
-        spelled.insert(0, f"--{POSITIONAL[name]}")
+    first = next((place for place, argument in enumerate(spelled) if argument != "--json"), None)
+    if name in POSITIONAL and first is not None and not spelled[first].startswith("-"):
+        spelled.insert(first, f"--{POSITIONAL[name]}")
     return spelled
 
 
@@ -171,7 +177,12 @@ def run_command(name: str, arguments: list[str]) -> None:
     if name == "train":
         debug = given.pop("debug")
         given = {"config": RunConfig(**given), "debug": debug}
-    result = function(**given)
+    try:
+        result = function(**given)
+    except InputError as error:
+        if as_json and error.result is not None:
+            print(json.dumps(error.result), flush=True)
+        raise
     if as_json and read_world().is_main:
         print(json.dumps(result), flush=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input: a file, a field, a flag or a combination of them that the user can correct.
@@ -11,8 +13,10 @@ class InputError(ValueError):
     Args:
         message: that line.
         everywhere: whether every rank finds the same, so that one of them says it; false where one rank alone did.
+        result: what a command found out all the same; --json prints it.
     """
 
-    def __init__(self, message: str, everywhere: bool = True) -> None:
+    def __init__(self, message: str, everywhere: bool = True, result: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+        self.result = result

@@ -55,9 +55,14 @@ def write_file(path: Path, data: bytes | str) -> None:
     fsync_folder(path.parent)
 
 
+def json_text(value: Any) -> str:
+    """The text of a JSON file as `write_json` writes it: indented, keys in the given order."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, indented, keys in the given order, whole or not at all."""
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_file(path, json_text(value))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def parse_json(data: bytes, shown: str, what: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(data.decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an endless number, brackets without end
         raise InputError(f"{shown}: not JSON ({error}); expected {what}") from None
     if not isinstance(value, dict):
         raise InputError(f"{shown}: holds a JSON {type(value).__name__}, expected an object: {what}")

@@ -13,6 +13,7 @@ from llara_dist import console
 from llara_dist.data import shards as form
 from llara_dist.data.dataset import Dataset, load_dataset
 from llara_dist.data.prompts import DEFAULT_MAX_TITLE_TOKENS, PromptEncoder
+from llara_dist.data.records import shard_set_manifest, shards_info, split_entry, write_items
 from llara_dist.data.rows import Rows
 from llara_dist.data.shard_index import INDEX, write_index
 from llara_dist.data.shard_writing import (
@@ -28,7 +29,7 @@ from llara_dist.data.tokenizer import load_tokenizer, tokenizer_hash
 from llara_dist.data.units import RowBlock
 from llara_dist.data.wording import load_templates
 from llara_dist.errors import InputError
-from llara_dist.integrity import sha256_file, staged_folder, write_json
+from llara_dist.integrity import staged_folder, write_json
 
 _CHECKED_ROWS = 256
 """rows of each split compared with the tokenisation of their whole string before anything is written"""
@@ -124,25 +125,8 @@ def build(
             split: _write_split(staging, split, dataset, drawing, identity, 1 if split != "train" else passes, workers)
             for split in form.SPLITS
         }
-        _write_items(staging / form.ITEMS, dataset.titles, encoder.shown)
-        shown = np.unique(np.array(encoder.shown), return_counts=True)[1]
-        counts = {
-            "titles_cut": len(encoder.cut_items),
-            "titles_shared": int(shown[shown > 1].sum()),
-            "longest_row_tokens": max(split["longest_row_tokens"] for split in splits.values()),
-        }
-        info = form.seal(
-            {
-                "format_version": form.FORMAT_VERSION,
-                **identity,
-                "tokenizer": str(tokenizer),
-                "vocabulary": len(loaded),
-                "counts": counts,
-                "splits": splits,
-                "items_bytes": (staging / form.ITEMS).stat().st_size,
-                "items_sha256": sha256_file(staging / form.ITEMS),
-            }
-        )
+        write_items(staging / form.ITEMS, dataset.titles, encoder.shown)
+        info = shards_info(identity, str(tokenizer), encoder, splits, staging / form.ITEMS)
         write_json(staging / form.SHARDS, info)
     seconds = time.perf_counter() - started
     _report(Path(out), info, seconds)
@@ -174,47 +158,16 @@ def _write_split(
         console.progress(write_shards(tasks, drawing, max(1, min(workers, number))), f"shards of {split}", total=number)
     )
     indexes = [result.index for result in results]
-    manifest = form.seal(
-        {
-            "format_version": form.FORMAT_VERSION,
-            "split": split,
-            **identity,
-            "passes": passes,
-            "samples": sum(len(index) for index in indexes),
-            "shards": [
-                {
-                    "name": f"{number:06d}.tar",
-                    "pass": result.pass_index,
-                    "samples": len(result.index),
-                    "bytes": result.bytes,
-                    "sha256": result.sha256,
-                }
-                for number, result in enumerate(results)
-            ],
-            "index": write_index(folder / INDEX, indexes),
-        }
+    manifest = shard_set_manifest(
+        split, identity, passes, [result.entry() for result in results], write_index(folder / INDEX, indexes)
     )
     write_json(folder / form.MANIFEST, manifest)
-    return {
-        "samples": manifest["samples"],
-        "passes": passes,
-        "shards": len(results),
-        "bytes": sum(result.bytes for result in results),
-        "tokens": int(sum(index.tokens.sum(dtype=np.int64) for index in indexes)),
-        "longest_row_tokens": max((int(index.tokens.max()) for index in indexes), default=0),
-        "rows_with_history_dropped": sum(result.rows_shortened for result in results),
-        "history_items_dropped": sum(result.history_dropped for result in results),
-        "hash": manifest["hash"],
-    }
-
-
-def _write_items(path: Path, titles: list[str], shown: list[str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    ids = pa.array(np.arange(len(titles), dtype=np.int32))
-    table = pa.table({"item_id": ids, "title": pa.array(titles, pa.string()), "shown": pa.array(shown, pa.string())})
-    pq.write_table(table, path, compression="zstd", store_schema=False)
+    return split_entry(
+        manifest,
+        (index.tokens for index in indexes),
+        sum(result.rows_shortened for result in results),
+        sum(result.history_dropped for result in results),
+    )
 
 
 def _report(out: Path, info: dict[str, Any], seconds: float) -> None:

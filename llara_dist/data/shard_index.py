@@ -105,6 +105,38 @@ def write_index(path: Path, indexes: Sequence[ShardIndex]) -> dict[str, Any]:
     return writer.close()
 
 
+def read_batch(path: Path, manifest: dict[str, Any], number: int) -> ShardIndex:
+    """One shard's samples from an index that may be damaged elsewhere, missing or of another length.
+
+    Raises:
+        InputError: the file or the shard's record batch is damaged (names file, shard and offset).
+    """
+    entry = manifest["index"]["record_batches"][number]
+    try:
+        with open(path, "rb") as file:
+            file.seek(entry["offset"])
+            data = file.read(entry["bytes"])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
+    return _decode(data, Path(path), manifest, number)
+
+
+def _decode(data: bytes | memoryview, path: Path, manifest: dict[str, Any], number: int) -> ShardIndex:
+    """A record batch, its hash checked before Arrow sees it."""
+    import pyarrow as pa
+
+    entry, shard = manifest["index"]["record_batches"][number], manifest["shards"][number]
+    where = f"{path}: record batch of shard {shard['name']} at offset {entry['offset']}"
+    if len(data) < entry["bytes"]:
+        raise InputError(f"{where}: truncated, {len(data)} of {entry['bytes']} bytes; {REMEDY}")
+    if sha256_bytes(data) != entry["sha256"]:
+        raise InputError(f"{where}: altered, its sha256 is not the manifest's; {REMEDY}")
+    batch = pa.ipc.read_record_batch(pa.py_buffer(data), _schema())
+    if len(batch) != shard["samples"]:
+        raise InputError(f"{where}: {len(batch)} samples, the manifest names {shard['samples']}; {REMEDY}")
+    return ShardIndex(*(column.to_numpy() for column in batch.columns))
+
+
 @dataclass(frozen=True)
 class IndexFile:
     """An index open for reading; pickles as its path, the memory map is made where it is used."""
@@ -154,21 +186,13 @@ class IndexFile:
         return self._shards[number]
 
     def _read(self, number: int) -> ShardIndex:
-        import pyarrow as pa
-
-        entry, shard = self.manifest["index"]["record_batches"][number], self.manifest["shards"][number]
+        entry = self.manifest["index"]["record_batches"][number]
         if not self._map:
             self._check_size()  # a shorter file under a map would end the process
             with open(self.path, "rb") as file:
                 self._map.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         data = memoryview(self._map[0])[entry["offset"] : entry["offset"] + entry["bytes"]]
-        where = f"{self.path}: record batch of shard {shard['name']} at offset {entry['offset']}"
-        if sha256_bytes(data) != entry["sha256"]:
-            raise InputError(f"{where}: altered, its sha256 is not the manifest's; {REMEDY}")
-        batch = pa.ipc.read_record_batch(pa.py_buffer(data), _schema())
-        if len(batch) != shard["samples"]:
-            raise InputError(f"{where}: {len(batch)} samples, the manifest names {shard['samples']}; {REMEDY}")
-        return ShardIndex(*(column.to_numpy() for column in batch.columns))
+        return _decode(data, self.path, self.manifest, number)
 
 
 REMEDY = "run `llara-dist shards verify`, then `llara-dist shards repair`"

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,15 @@ class ShardResult:
     sha256: str
     rows_shortened: int
     history_dropped: int
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of the shard, besides its name."""
+        return {
+            "pass": self.pass_index,
+            "samples": len(self.index),
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+        }
 
 
 def place_rows(keys: np.ndarray, seed: int, pass_index: int) -> np.ndarray:
@@ -185,7 +195,7 @@ def shard_tasks(
         for start in range(0, len(order), samples_per_shard):
             part = order[start : start + samples_per_shard]
             frozen = None if candidates is None else candidates[part]
-            yield ShardTask(folder / f"{number:06d}.tar", number, pass_index, take_rows(rows, part), frozen)
+            yield ShardTask(folder / form.shard_name(number), number, pass_index, take_rows(rows, part), frozen)
             number += 1
 
 

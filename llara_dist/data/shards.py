@@ -12,14 +12,18 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from llara_dist.data.shard_index import INDEX, IndexFile
+from llara_dist.data.shard_index import INDEX, REMEDY, IndexFile
 from llara_dist.errors import InputError
 from llara_dist.integrity import parse_json, sha256_file, sha256_json
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 MANIFEST, SHARDS, ITEMS = "manifest.json", "shards.json", "items.parquet"
-_REBUILD = "rebuild with `llara-dist shards build`"
+
+
+def shard_name(number: int) -> str:
+    """A shard's file name, by its position in the manifest."""
+    return f"{number:06d}.tar"
 
 
 def member_name(pass_index: int, key: int) -> str:
@@ -60,10 +64,11 @@ def parse_sealed(data: bytes, shown: str, what: str) -> dict[str, Any]:
     value = parse_json(data, shown, what)
     if value.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{shown}: format_version {value.get('format_version')!r}, this release reads {FORMAT_VERSION}; {_REBUILD}"
+            f"{shown}: format_version {value.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            "rebuild with `llara-dist shards build`"
         )
     if value.get("hash") != sha256_json({name: field for name, field in value.items() if name != "hash"}):
-        raise InputError(f"{shown}: altered, its content does not have the hash it names; {_REBUILD}")
+        raise InputError(f"{shown}: altered, its content does not have the hash it names; {REMEDY}")
     return value
 
 
@@ -73,7 +78,10 @@ def parse_shards_info(data: bytes, shown: str) -> dict[str, Any]:
     Raises:
         InputError: of another format version, or altered.
     """
-    return parse_sealed(data, shown, "a shards folder (made by `llara-dist shards build`)")
+    info = parse_sealed(data, shown, "a shards folder (made by `llara-dist shards build`)")
+    if "splits" not in info:  # sealed, but as something else
+        raise InputError(f"{shown}: holds a shard set's manifest; {REMEDY}")
+    return info
 
 
 def parse_manifest(data: bytes, shown: str, split: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def parse_manifest(data: bytes, shown: str, split: str, info: dict[str, Any]) ->
     """
     manifest = parse_sealed(data, shown, "a shard set's manifest")
     if manifest["hash"] != info["splits"][split]["hash"]:
-        raise InputError(f"{shown}: belongs to another build than the folder's {SHARDS}; {_REBUILD}")
+        raise InputError(f"{shown}: belongs to another build than the folder's {SHARDS}; {REMEDY}")
     return manifest
 
 
