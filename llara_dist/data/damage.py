@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llara_dist.data import shards as form
 from llara_dist.data.shard_index import INDEX, ShardIndex, read_batch
 from llara_dist.errors import InputError
 
@@ -165,8 +164,3 @@ def check_index(shards: Path, split: str, manifest: Mapping[str, Any], known: Ma
     if len(found) == 1:
         found = [Finding(file, found[0].kind, found[0].detail + " (no shard's record batch is affected)", split)]
     return found
-
-
-def expected_names(num_shards: int) -> set[str]:
-    """Every file name of a shard set."""
-    return {form.shard_name(number) for number in range(num_shards)} | {INDEX, form.MANIFEST}

@@ -161,3 +161,27 @@ def write_world(
         notes=[],
     )
     return out
+
+
+def write_shards(root: Path, num_users: int = 40, samples_per_shard: int = 60) -> Path:
+    """`data`, `tokenizer` and `shards` (two passes, several shards a pass) in a folder; returns the folder."""
+    from llara_dist.data.build import build
+
+    write_world(root / "data", num_users=num_users)
+    byte_level().save_pretrained(root / "tokenizer")
+    settings = {"passes": 2, "processes": 1, "samples_per_shard": samples_per_shard}
+    build(root / "data", str(root / "tokenizer"), root / "shards", **settings)
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder: its path inside the folder and its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damage(path: Path, at: int, count: int = 1) -> None:
+    """Flip a bit of each of `count` bytes of a file."""
+    data = bytearray(path.read_bytes())
+    for place in range(at, at + count):
+        data[place] ^= 0x20
+    path.write_bytes(data)
