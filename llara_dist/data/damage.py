@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from llara_dist.data.shard_index import INDEX, ShardIndex, read_batch
 from llara_dist.errors import InputError
 
 _PIECE = 1 << 20
 """bytes read at once by a thread"""
+_LISTED_SAMPLES = 1000
+"""damaged samples named of one shard; the rest are counted, so that a folder of zeros can be told about in memory"""
 
 Kind = Literal["missing", "truncated", "altered", "unexpected", "foreign"]
 
@@ -52,15 +56,22 @@ class _Scan:
     sha256: str = ""
     as_built_so_far: bool = False
     """whether the bytes up to the expected size have the expected hash; more may follow"""
+    num_damaged: int = 0
+    """samples"""
     samples: list[tuple[int, int, Kind, str]] = field(default_factory=list)
-    """damaged ones: offset, key, kind, detail"""
+    """the first of them: offset, key, kind, detail"""
+
+    def add(self, offset: int, key: int, kind: Kind, detail: str) -> None:
+        """Note a damaged sample."""
+        self.num_damaged += 1
+        if len(self.samples) < _LISTED_SAMPLES:
+            self.samples.append((offset, key, kind, f"{kind}, {detail}"))
 
 
 def _scan(path: Path, size: int, sha256: str, rows: ShardIndex | None) -> _Scan:
     """Hash a file and check the samples that the index names, in one pass."""
     scan, digest, buffer = _Scan(), hashlib.sha256(), bytearray(_PIECE)
-    columns = () if rows is None else (rows.keys, rows.offsets, rows.sizes, rows.crc32)
-    samples = list(zip(*(column.tolist() for column in columns), strict=True))
+    columns = [] if rows is None else [rows.keys, rows.offsets, rows.sizes, rows.crc32]
     row = crc32 = 0
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -70,18 +81,17 @@ def _scan(path: Path, size: int, sha256: str, rows: ShardIndex | None) -> _Scan:
                 head.update(piece[: size - begin])
                 scan.as_built_so_far = head.hexdigest() == sha256
             digest.update(piece)
-            while row < len(samples) and samples[row][1] < end:
-                key, offset, length, expected = samples[row]
+            begun = 0 if rows is None else int(np.searchsorted(rows.offsets, end))
+            for key, offset, length, expected in zip(*(column[row:begun].tolist() for column in columns), strict=True):
                 crc32 = zlib.crc32(piece[max(offset - begin, 0) : offset + length - begin], crc32)
                 if offset + length > end:
                     break  # goes on in the next piece
                 if crc32 != expected:
-                    scan.samples.append((offset, key, "altered", "altered, its crc32 is not the index's"))
+                    scan.add(offset, key, "altered", "its crc32 is not the index's")
                 row, crc32 = row + 1, 0
             scan.bytes = end
-    for key, offset, length, _ in samples[row:]:
-        found = max(0, scan.bytes - offset)
-        scan.samples.append((offset, key, "truncated", f"truncated, {found} of {length} bytes"))
+    for key, offset, length, _ in zip(*(column[row:].tolist() for column in columns), strict=True):
+        scan.add(offset, key, "truncated", f"{max(0, scan.bytes - offset)} of {length} bytes")
     scan.sha256 = digest.hexdigest()
     return scan
 
@@ -105,8 +115,8 @@ def check_file(
     split = Path(file).parent.name or None
     shard = Path(file).name if file.endswith(".tar") else None
 
-    def finding(kind: Kind, detail: str, offset: int | None = None, key: int | None = None) -> Finding:
-        return Finding(file, kind, f"{kind}{detail}", split, shard, offset, key)
+    def finding(kind: Kind, detail: str) -> Finding:
+        return Finding(file, kind, f"{kind}{detail}", split, shard)
 
     try:
         status = os.stat(shards / file)
@@ -117,23 +127,26 @@ def check_file(
         return [finding("missing", "")]
     except OSError as error:
         return [finding("altered", f", it cannot be read ({error.strerror})")]
+    samples = [Finding(file, kind, detail, split, shard, offset, key) for offset, key, kind, detail in scan.samples]
     if scan.sha256 == entry["sha256"]:
-        # A file with the manifest's sha256 still has to be the one that the index describes.
-        whole: list[Finding] = []
-    elif scan.sha256 in known:
+        return samples  # none, unless the index describes other samples than those of the recorded shard
+    if scan.sha256 in known:
         return [finding("foreign", f", it holds the bytes of {known[scan.sha256]}")]
-    elif scan.bytes < entry["bytes"]:
-        whole = [finding("truncated", f", {scan.bytes} of {entry['bytes']} bytes")]
-    elif scan.bytes > entry["bytes"]:
-        rest = "; up to there it is as built" if scan.as_built_so_far else ""
-        whole = [finding("altered", f", {scan.bytes} bytes instead of {entry['bytes']}{rest}")]
+    if scan.as_built_so_far:
+        note = "; up to there it is as built"
+    elif rows is None:
+        note = ""
+    elif scan.num_damaged:
+        note = f"; {scan.num_damaged} of its {len(rows)} samples are damaged"
     else:
-        untouched = rows is not None and not scan.samples
-        note = " (no sample is affected: the damage is in a tar header or in padding)" if untouched else ""
-        whole = [finding("altered", f", its sha256 is not the recorded one{note}")]
-    return whole + [
-        Finding(file, kind, detail, split, shard, offset, key) for offset, key, kind, detail in scan.samples
-    ]
+        note = "; no sample is affected: the damage is in a tar header or in padding"
+    if scan.bytes < entry["bytes"]:
+        whole = finding("truncated", f", {scan.bytes} of {entry['bytes']} bytes{note}")
+    elif scan.bytes > entry["bytes"]:
+        whole = finding("altered", f", {scan.bytes} bytes instead of {entry['bytes']}{note}")
+    else:
+        whole = finding("altered", f", its sha256 is not the recorded one{note}")
+    return [whole, *samples]
 
 
 def check_shard(
@@ -142,7 +155,7 @@ def check_shard(
     """Findings in one tar: the file's, and the damaged samples' with offset and key where the index is whole there."""
     entry = manifest["shards"][number]
     try:
-        rows = read_batch(shards / split / INDEX, dict(manifest), number)
+        rows = read_batch(shards / split / INDEX, manifest, number)
     except InputError:
         rows = None  # a finding of the index; the tar is still held against its own sha256
     return check_file(shards, f"{split}/{entry['name']}", entry, known, rows)
@@ -156,7 +169,7 @@ def check_index(shards: Path, split: str, manifest: Mapping[str, Any], known: Ma
         return found
     for number, batch in enumerate(entry["record_batches"]):
         try:
-            read_batch(shards / file, dict(manifest), number)
+            read_batch(shards / file, manifest, number)
         except InputError:
             name = manifest["shards"][number]["name"]
             detail = f"altered in the record batch of shard {name} at offset {batch['offset']}"

@@ -152,7 +152,7 @@ def read_shown_titles(path: Path, info: dict[str, Any]) -> list[str]:
 
     problem = form.file_problem(path, info["items_bytes"], info["items_sha256"])
     if problem:
-        raise InputError(f"{path}: {problem}; rebuild with `llara-dist shards build`")
+        raise InputError(f"{path}: {problem}; {REMEDY}")
     return pq.read_table(path, columns=["shown"])["shown"].to_pylist()
 
 

@@ -8,7 +8,7 @@ manifest, checked when the batch is first looked at; the file's own footer is no
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def write_index(path: Path, indexes: Sequence[ShardIndex]) -> dict[str, Any]:
     return writer.close()
 
 
-def read_batch(path: Path, manifest: dict[str, Any], number: int) -> ShardIndex:
+def read_batch(path: Path, manifest: Mapping[str, Any], number: int) -> ShardIndex:
     """One shard's samples from an index that may be damaged elsewhere, missing or of another length.
 
     Raises:
@@ -121,7 +121,7 @@ def read_batch(path: Path, manifest: dict[str, Any], number: int) -> ShardIndex:
     return _decode(data, Path(path), manifest, number)
 
 
-def _decode(data: bytes | memoryview, path: Path, manifest: dict[str, Any], number: int) -> ShardIndex:
+def _decode(data: bytes | memoryview, path: Path, manifest: Mapping[str, Any], number: int) -> ShardIndex:
     """A record batch, its hash checked before Arrow sees it."""
     import pyarrow as pa
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ REPAIR_STAGING = ".repair.staging"
 """where `shards repair` writes, inside the shards folder; left behind only by one that was killed"""
 _SHOWN_FINDINGS = 100
 _SHOWN_SAMPLES = 5
-"""damaged samples printed one by one of a shard; the rest are counted, and all are in the JSON object"""
+"""damaged samples printed one by one of a shard, whose own line counts them; --json names more of them"""
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,13 @@ def verify(shards: Path, processes: int | None = None) -> dict[str, Any]:
 def say_findings(found: Survey) -> None:
     """Print the findings, a line each; of a shard's many damaged samples the first few."""
     lines: list[str] = []
-    samples: dict[str, int] = {}
+    samples: Counter[str] = Counter()
     for finding in found.findings:
         if finding.key is not None:
-            samples[finding.file] = samples.get(finding.file, 0) + 1
+            samples[finding.file] += 1
             if samples[finding.file] > _SHOWN_SAMPLES:
                 continue
         lines.append(finding.line(found.shards))
-    lines += [
-        f"{found.shards / file}: {count} of its samples are damaged, the first are listed above"
-        for file, count in samples.items()
-        if count > _SHOWN_SAMPLES
-    ]
     for line in lines[:_SHOWN_FINDINGS]:
         console.say(line)
     if len(lines) > _SHOWN_FINDINGS:
