@@ -191,6 +191,9 @@ class IndexFile:
             self._check_size()  # a shorter file under a map would end the process
             with open(self.path, "rb") as file:
                 self._map.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        found, expected = self._map[0].size(), self.manifest["index"]["bytes"]
+        if found < expected:  # cut since it was mapped: to touch what is gone would end the process as well
+            raise InputError(f"{self.path}: truncated while it was in use, {found} of {expected} bytes; {REMEDY}")
         data = memoryview(self._map[0])[entry["offset"] : entry["offset"] + entry["bytes"]]
         return _decode(data, self.path, self.manifest, number)
 

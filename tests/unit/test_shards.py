@@ -334,6 +334,14 @@ def test_a_damaged_index_batch_stops_only_its_reads(copy):
         shards.read([shards.first_ids[2]])
 
 
+def test_an_index_cut_while_it_is_mapped_is_an_error_and_no_crash(copy):
+    shards = ShardSet.open(copy)
+    shards.lookup(shards.first_ids[:1])
+    os.truncate(copy / "train/index.arrow", 100)
+    with pytest.raises(InputError, match=r"index.arrow: truncated while it was in use, 100 of \d+ bytes"):
+        shards.lookup(shards.first_ids[-2:-1])
+
+
 def test_a_manifest_in_the_place_of_shards_json_is_refused(copy):
     shutil.copy(copy / "train/manifest.json", copy / "shards.json")
     with pytest.raises(InputError, match=r"shards.json: holds a shard set's manifest"):
