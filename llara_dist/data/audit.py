@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,14 +11,15 @@ import numpy as np
 
 from llara_dist.data.dataset import SPLITS
 from llara_dist.data.log import Log
-from llara_dist.data.rows import Rows
+from llara_dist.data.rows import Rows, RowSource, chunks
 from llara_dist.data.titles import TitleReport
+from llara_dist.data.user_blocks import count_ids, user_blocks
 from llara_dist.hashing import hash64
 
 _UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
-def audit(log: Log, splits: Mapping[str, Rows], titles: TitleReport, max_history: int) -> dict[str, Any]:
+def audit(log: Log, splits: Mapping[str, RowSource], titles: TitleReport, max_history: int) -> dict[str, Any]:
     """Examine a data set before it is written.
 
     Args:
@@ -30,12 +32,9 @@ def audit(log: Log, splits: Mapping[str, Rows], titles: TitleReport, max_history
         A JSON object: `events` (repeats, ties, dates), `catalogue`, `titles`, `rows` per split, `leakage` between
         each two splits: users in both, rows of the second whose (history, target) is also in the first.
     """
-    fingerprints = {name: np.sort(_fingerprints(rows, max_history)) for name, rows in splits.items()}
-    pairs = [("train", "val"), ("train", "test"), ("val", "test")]
     seen = np.zeros(log.num_items, dtype=bool)
-    for rows in splits.values():
-        seen[rows.items] = True
-        seen[rows.targets] = True
+    found = {name: _examine(splits[name], max_history, seen) for name in SPLITS}
+    pairs = [("train", "val"), ("train", "test"), ("val", "test")]
     return {
         "events": _events(log),
         "catalogue": {"items": log.num_items, "items_in_no_row": int((~seen).sum())},
@@ -43,40 +42,76 @@ def audit(log: Log, splits: Mapping[str, Rows], titles: TitleReport, max_history
         "rows": {
             name: {
                 "rows": len(splits[name]),
-                "equal_rows": int((np.diff(fingerprints[name]) == 0).sum()),
-                "target_in_history": _target_in_history(splits[name]),
-                "shortest_history": int(splits[name].lengths.min()),
-                "mean_history": round(float(splits[name].lengths.mean()), 3),
+                "equal_rows": int(np.count_nonzero(rows.fingerprints[1:] == rows.fingerprints[:-1])),
+                "target_in_history": rows.target_in_history,
+                "shortest_history": rows.shortest_history,
+                "mean_history": round(rows.history_items / len(splits[name]), 3),
             }
-            for name in SPLITS
+            for name, rows in found.items()
         },
         "leakage": {
             f"{one}/{other}": {
-                "users_in_both": _common_users(splits[one], splits[other]),
-                "equal_rows_in_both": _rows_in(fingerprints[one], fingerprints[other]),
+                "users_in_both": _common_users(found[one].users, found[other].users),
+                "equal_rows_in_both": _rows_in(found[one].fingerprints, found[other].fingerprints),
             }
             for one, other in pairs
         },
     }
 
 
+@dataclass(frozen=True)
+class _Split:
+    """What is known of a split after its rows went by once."""
+
+    fingerprints: np.ndarray
+    """uint64 [rows], sorted: hashes of (history, target)"""
+    users: np.ndarray
+    """int32, sorted, no repeats; -1 first where a user is not known"""
+    target_in_history: int
+    shortest_history: int
+    history_items: int
+
+
+def _examine(source: RowSource, max_history: int, seen: np.ndarray) -> _Split:
+    """Go over a split's rows; items that occur are marked in `seen`, bool [items]."""
+    fingerprints = np.empty(len(source), dtype=np.uint64)
+    users, shortest, with_target, done, items = [], [], 0, 0, 0
+    for rows in chunks(source):
+        fingerprints[done : done + len(rows)] = _fingerprints(rows, max_history)
+        seen[rows.items] = True
+        seen[rows.targets] = True
+        users.append(np.unique(rows.users))
+        shortest.append(int(rows.lengths.min()))
+        with_target += _target_in_history(rows)
+        items += len(rows.items)
+        done += len(rows)
+    fingerprints.sort()
+    return _Split(fingerprints, np.unique(np.concatenate(users)), with_target, min(shortest), items)
+
+
 def _events(log: Log) -> dict[str, Any]:
     if not len(log):
         return {"events": 0}
-    order = np.lexsort((log.timestamps, log.items, log.users))
-    same_pair = (np.diff(log.users[order]) == 0) & (np.diff(log.items[order]) == 0)
-    same_time = np.diff(log.timestamps[order]) == 0
-    used = slice(None) if log.used is None else log.used
-    users, times = log.users[used], log.timestamps[used]
-    order = np.lexsort((times, users))
-    tied = (np.diff(users[order]) == 0) & (np.diff(times[order]) == 0)
+    same_all = same_pair = tied_in_time = 0
+    for _, _, events in user_blocks(log.users):
+        users, items, times = log.users[events], log.items[events], log.timestamps[events]
+        order = np.lexsort((times, items, users))
+        pair = (np.diff(users[order]) == 0) & (np.diff(items[order]) == 0)
+        equal = pair & (np.diff(times[order]) == 0)
+        same_all += int(equal.sum())
+        same_pair += int((pair & ~equal).sum())
+        if log.used is not None:
+            users, times = users[log.used[events]], times[log.used[events]]
+        order = np.lexsort((times, users))
+        tied = (np.diff(users[order]) == 0) & (np.diff(times[order]) == 0)
+        tied_in_time += int((np.append(tied, False) | np.insert(tied, 0, False)).sum())
     return {
         "events": len(log),
-        "users": int(np.bincount(log.users).astype(bool).sum()),
-        "duplicate_user_item_time": int((same_pair & same_time).sum()),
-        "repeated_user_item": int((same_pair & ~same_time).sum()),
-        "used_events": len(users),
-        "used_events_tied_in_time": int((np.append(tied, False) | np.insert(tied, 0, False)).sum()),
+        "users": int(np.count_nonzero(count_ids(log.users))),
+        "duplicate_user_item_time": same_all,
+        "repeated_user_item": same_pair,
+        "used_events": len(log) if log.used is None else int(log.used.sum()),
+        "used_events_tied_in_time": tied_in_time,
         "first_event": _date(int(log.timestamps.min()), log.timestamp_unit),
         "last_event": _date(int(log.timestamps.max()), log.timestamp_unit),
     }
@@ -105,14 +140,11 @@ def _target_in_history(rows: Rows) -> int:
     return int(np.bincount(row[rows.items == rows.targets[row]], minlength=len(rows)).astype(bool).sum())
 
 
-def _common_users(one: Rows, other: Rows) -> int | None:
+def _common_users(one: np.ndarray, other: np.ndarray) -> int | None:
     """Users with rows in both, None where users are not known."""
-    if (one.users < 0).any() or (other.users < 0).any():
+    if one[0] < 0 or other[0] < 0:
         return None
-    seen = np.zeros((2, max(int(one.users.max()), int(other.users.max())) + 1), dtype=bool)
-    seen[0, one.users] = True
-    seen[1, other.users] = True
-    return int(seen.all(axis=0).sum())
+    return len(np.intersect1d(one, other, assume_unique=True))
 
 
 def _rows_in(one: np.ndarray, other: np.ndarray) -> int:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from llara_dist.data.log import Log
+from llara_dist.data.user_blocks import count_ids, user_blocks
 from llara_dist.errors import InputError
 
 
@@ -45,14 +46,11 @@ def filter_log(log: Log, rules: FilterRules) -> tuple[Log, dict[str, int]]:
     used = np.ones(len(log), dtype=bool) if log.used is None else log.used.copy()
     counts = {"raw_events": len(log), "unused_by_rating": int((~used).sum())}
     if rules.duplicates == "drop":
-        repeated = used & _seen_before(used, log.users, log.items, log.timestamps)
+        repeated = _repeated(log, used, same_time=True)
         counts["duplicate_events_left_out"] = int(repeated.sum())
         used &= ~repeated
     if rules.repeats == "first":
-        in_time = np.argsort(log.timestamps, kind="stable")
-        repeated = np.zeros(len(log), dtype=bool)
-        repeated[in_time] = _seen_before(used[in_time], log.users[in_time], log.items[in_time])
-        repeated &= used
+        repeated = _repeated(log, used, same_time=False)
         counts["repeated_events_left_out"] = int(repeated.sum())
         used &= ~repeated
     if rules.min_user_events > 1 or rules.min_item_events > 0:
@@ -68,28 +66,37 @@ def filter_log(log: Log, rules: FilterRules) -> tuple[Log, dict[str, int]]:
     return log, counts
 
 
-def _seen_before(counted: np.ndarray, *columns: np.ndarray) -> np.ndarray:
-    """Whether an earlier counted row equals this one in all columns, bool [n]."""
-    rows = np.flatnonzero(counted)
-    order = rows[np.lexsort([column[rows] for column in columns])]  # stable: equal rows stay in their order
-    equal = np.ones(max(len(order) - 1, 0), dtype=bool)
-    for column in columns:
-        equal &= column[order[1:]] == column[order[:-1]]
-    seen = np.zeros(len(counted), dtype=bool)
-    seen[order[1:][equal]] = True
-    return seen
+def _repeated(log: Log, used: np.ndarray, same_time: bool) -> np.ndarray:
+    """Which used events repeat an earlier used one of the same user and item, bool [n].
+
+    Args:
+        log: the events.
+        used: which of them count, bool [n].
+        same_time: whether only events of the same time are repeats; otherwise the first in time is none.
+    """
+    repeated = np.zeros(len(log), dtype=bool)
+    for _, _, events in user_blocks(log.users):
+        events = events[used[events]]
+        users, items, times = log.users[events], log.items[events], log.timestamps[events]
+        order = np.lexsort((times, items, users))  # stable: equal events stay in file order
+        equal = (np.diff(users[order]) == 0) & (np.diff(items[order]) == 0)
+        if same_time:
+            equal &= np.diff(times[order]) == 0
+        repeated[events[order[1:][equal]]] = True
+    return repeated
 
 
 def _num_users(log: Log, used: np.ndarray) -> int:
-    return int(np.bincount(log.users[used]).astype(bool).sum())
+    return int(np.count_nonzero(count_ids(log.users[used])))
 
 
 def _core(log: Log, used: np.ndarray, rules: FilterRules) -> np.ndarray:
+    num_users = int(log.users.max(initial=0)) + 1
     while True:
-        user_events = np.bincount(log.users[used], minlength=int(log.users.max(initial=0)) + 1)
-        item_events = np.bincount(log.items[used], minlength=log.num_items)
-        kept = used & (user_events[log.users] >= rules.min_user_events)
-        kept &= item_events[log.items] >= rules.min_item_events
+        thin_users = count_ids(log.users[used], num_users) < rules.min_user_events
+        thin_items = count_ids(log.items[used], log.num_items) < rules.min_item_events
+        kept = used & ~thin_users[log.users]
+        kept &= ~thin_items[log.items]
         if kept.sum() == used.sum():
             return kept
         used = kept

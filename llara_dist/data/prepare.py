@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llara_dist.data.llara_folders import FILES, NOTE, read_llara
 from llara_dist.data.log import Log
 from llara_dist.data.movielens import read_movielens
 from llara_dist.data.recipes import LlaraSource, MovieLensSource, Recipe, SyntheticSource, find_recipe, load_recipe
-from llara_dist.data.rows import Rows
+from llara_dist.data.rows import RowSource, chunks
 from llara_dist.data.sequences import make_sequences
 from llara_dist.data.tables import TableSource, read_tables
 from llara_dist.data.titles import clean_titles
@@ -28,6 +29,8 @@ EXCLUSION_NOTE = (
     "Candidates of a row exclude everything its user ever interacted with, before and after the window, also events "
     "that make no sequence (low ratings, repeats)."
 )
+_ROWS_DRAWN = 1 << 16
+"""rows whose candidates are drawn at once; a row's exclusions may be thousands of items"""
 
 
 def prepare(recipe: str, out: Path, raw: Path | None = None) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def prepare_dataset(recipe: Recipe, out: Path, raw: Path | None = None) -> dict[
     }
 
 
-def _read(recipe: Recipe, raw: Path | None) -> tuple[Log, dict[str, Rows], dict[str, int], list[str]]:
+def _read(recipe: Recipe, raw: Path | None) -> tuple[Log, Mapping[str, RowSource], dict[str, int], list[str]]:
     source, rules = recipe.source, recipe.sequences
     if isinstance(source, SyntheticSource):
         if raw is not None:
@@ -135,16 +138,18 @@ def _synthetic(source: SyntheticSource, domain: str) -> Log:
     )
 
 
-def _frozen_candidates(log: Log, splits: dict[str, Rows], recipe: Recipe) -> dict[str, np.ndarray]:
+def _frozen_candidates(log: Log, splits: Mapping[str, RowSource], recipe: Recipe) -> dict[str, np.ndarray]:
     touched = touched_items(log.users, log.items, log.num_items)
     rules = recipe.candidates
     drawn = {}
     for name in ("val", "test"):
-        rows = splits[name]
-        offsets, items = row_exclusions(rows, *touched, 0, len(rows))
-        drawn[name] = draw_candidates(
-            rows.keys, rows.targets, offsets, items, log.num_items, rules.count, rules.seed, draw=0
-        )
+        parts = []
+        for rows in chunks(splits[name], _ROWS_DRAWN):
+            offsets, items = row_exclusions(rows, *touched, 0, len(rows))
+            parts.append(
+                draw_candidates(rows.keys, rows.targets, offsets, items, log.num_items, rules.count, rules.seed, draw=0)
+            )
+        drawn[name] = np.concatenate(parts)
     return drawn
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llara_dist.data.filters import FilterRules, filter_log
 from llara_dist.data.log import Log
+from llara_dist.data.rows import RowSource
 from llara_dist.data.sequences import SequenceRules, make_sequences
 from llara_dist.errors import InputError
 
@@ -25,7 +26,8 @@ def _log(events: list[tuple[int, int, int]], num_items: int = 50, used: list[boo
     )
 
 
-def _rows(rows) -> list[tuple[int, list[int], int]]:
+def _rows(source: RowSource) -> list[tuple[int, list[int], int]]:
+    rows = source.chunk(0, len(source))
     return [(int(rows.users[row]), rows.history(row).tolist(), int(rows.targets[row])) for row in range(len(rows))]
 
 
@@ -39,7 +41,8 @@ def test_users_split_by_their_first_event() -> None:
     assert _rows(splits["train"]) == [(2, [0], 1), (2, [0, 1], 2), (2, [1, 2], 3)]
     assert _rows(splits["val"]) == [(0, [1, 2], 3)]
     assert _rows(splits["test"]) == [(1, [1, 2], 3)]
-    assert np.concatenate([splits[name].keys for name in ("train", "val", "test")]).tolist() == [0, 1, 2, 3, 4]
+    keys = [splits[name].chunk(0, len(splits[name])).keys for name in ("train", "val", "test")]
+    assert np.concatenate(keys).tolist() == [0, 1, 2, 3, 4]
     assert counts["train_windows"] == 4
     assert counts["train_dropped_short"] == 1
     assert counts["users_without_rows"] == 0
@@ -78,10 +81,10 @@ def test_temporal_split_never_trains_on_later_events() -> None:
         expected["val"] += any(480 <= time < 540 for time, _ in events[1:])
         expected["test"] += any(time >= 540 for time, _ in events[1:])
     assert {name: len(rows) for name, rows in splits.items()} == expected
-    for row in range(len(splits["val"])):
-        inside = [item for time, item in by_user[int(splits["val"].users[row])] if time < 540]
-        assert int(splits["val"].targets[row]) == inside[-1]
-        assert splits["val"].history(row).tolist() == inside[:-1][-10:]
+    for user, history, target in _rows(splits["val"]):
+        inside = [item for time, item in by_user[user] if time < 540]
+        assert target == inside[-1]
+        assert history == inside[:-1][-10:]
 
 
 @settings(deadline=None, max_examples=80)

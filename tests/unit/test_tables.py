@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from llara_dist.data import tables
 from llara_dist.data.dataset import load_dataset
 from llara_dist.data.prepare import prepare
 from llara_dist.data.tables import TableSource, read_tables
@@ -112,6 +113,25 @@ def test_bad_events(tmp_path: Path, events: str | bytes, parts: tuple[str, ...])
     assert "\n" not in message
     for part in (str(tmp_path / "events.csv"), *parts):
         assert part in message
+
+
+def test_wrong_rows_are_counted_over_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 64)
+    good = "x,a,10,5\n" * 20
+    with pytest.raises(InputError, match=r"line 22: timestamp 'soon' is no whole number; .* \(3 rows in all\)"):
+        read_tables(_write(tmp_path, EVENTS[:28] + good + f"x,a,soon,1\n{good}" * 3 + ",a,1,1\n"), _source(), "movie")
+    with pytest.raises(InputError, match=r"line 43: Expected 4 columns, got 2"):
+        read_tables(_write(tmp_path, EVENTS[:28] + good + f"x,a,soon,1\n{good}x,a\n"), _source(), "movie")
+    events = EVENTS[:28].encode() + f"{good}x,a,1,1\n{good}".encode() + b"\xe9,a,1,1\n"
+    with pytest.raises(InputError, match=r"line 43: .*UTF8"):
+        read_tables(_write(tmp_path, events), _source(), "movie")
+
+
+def test_times_have_one_form_over_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 64)
+    rows = "x,a,2024-01-01 00:00:00\n" * 20 + "x,a,01/02/2024 00:00:00\n" * 20
+    with pytest.raises(InputError, match=r"line 22: .* is no ISO date and time \(20 rows in all\)"):
+        read_tables(_write(tmp_path, "user,item,timestamp\n" + rows), _source(timestamp_unit="iso"), "movie")
 
 
 @pytest.mark.parametrize(
