@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,23 +115,80 @@ def staged_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: exists already; remove it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.staging")
+    remove_abandoned(path)
+    staging, retired = (
+        path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.{kind}") for kind in ("staging", "retired")
+    )
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
-        for file in staging.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        fsync_folder(staging)
-        if path.exists():
-            retired = path.with_name(f".{path.name}.{os.getpid()}.retired")
+        _fsync_tree(staging)
+        if not path.exists():
+            os.replace(staging, path)
+        elif not _exchange(staging, path):
+            # For an instant nothing is at `path`; who is killed there leaves the old folder to `remove_abandoned`.
             os.replace(path, retired)
             os.replace(staging, path)
             shutil.rmtree(retired)
-        else:
-            os.replace(staging, path)
         fsync_folder(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes of this machine left beside `path` when they were making it.
+
+    Staging folders of living processes and of other machines (on a shared file system) are left alone. A folder that
+    was to be replaced when its process was killed gets its name back.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_machine())}-(\d+)\.(staging|retired)")
+    for left in sorted(path.parent.iterdir()):
+        match = pattern.fullmatch(left.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "retired" and not path.exists():
+            os.replace(left, path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _machine() -> str:
+    """Where a process id means something: the host's name and, on Linux, the process-id namespace (containers)."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return socket.gethostname()
+    return f"{socket.gethostname()}.{namespace}"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _fsync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            fsync_folder(file)
+    fsync_folder(folder)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders at once, with Linux's renameat2; False where kernel or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

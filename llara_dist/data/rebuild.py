@@ -6,6 +6,7 @@ Every part is a pure function of (data set, tokenizer, recipe), so that one shar
 from __future__ import annotations
 
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from typing import Any
 import numpy as np
 
 from llara_dist.data import shards as form
+from llara_dist.data.build import splits_of
 from llara_dist.data.dataset import Dataset, load_dataset
+from llara_dist.data.drawing import Drawing
+from llara_dist.data.exclusions import touched_items
 from llara_dist.data.inspect import matching_tokenizer
+from llara_dist.data.placement import place_shards
 from llara_dist.data.prompts import PromptEncoder
-from llara_dist.data.records import shard_set_manifest, shards_info, split_entry, write_items
+from llara_dist.data.records import shard_set_manifest, shards_info, split_entry, title_counts, write_items
 from llara_dist.data.samples import unpack
 from llara_dist.data.shard_index import INDEX, ShardIndex, write_index
-from llara_dist.data.shard_writing import Drawing, ShardResult, shard_tasks, write_shards
+from llara_dist.data.shard_writing import ShardResult, shard_tasks, write_shards
 from llara_dist.data.wording import Template
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_file
@@ -65,7 +70,12 @@ class Rebuild:
         templates = [Template(text) for text in recipe["templates"]]
         encoder = PromptEncoder(tokenizer, dataset.titles, templates, recipe["max_title_tokens"])
         table = encoder.table(recipe["num_candidates"])
-        drawing = Drawing(table, recipe["seed"], recipe["max_tokens"], *dataset.touched)
+        drawing = Drawing(
+            table,
+            recipe["seed"],
+            recipe["max_tokens"],
+            *touched_items(*dataset.interactions, dataset.num_items),
+        )
         return cls(identity, dataset, given or recorded, encoder, drawing, processes)
 
     def passes(self, split: str) -> int:
@@ -74,18 +84,21 @@ class Rebuild:
 
     def num_shards(self, split: str) -> int:
         """How many shards a split fills; every pass fills as many."""
-        return self.passes(split) * -(-len(self.dataset.rows(split)) // self.identity["recipe"]["samples_per_shard"])
+        return self.passes(split) * -(-self.dataset.num_rows[split] // self.identity["recipe"]["samples_per_shard"])
 
     def write_shards(
         self, folder: Path, split: str, numbers: Collection[int] | None = None
     ) -> Iterator[tuple[Path, ShardResult]]:
         """Write shards of a split into a folder, all or those with the given numbers; in order."""
-        rows, frozen, recipe = self.dataset.rows(split), self.dataset.candidates.get(split), self.identity["recipe"]
+        place, recipe = splits_of(self.dataset)[split], self.identity["recipe"]
         wanted = sorted(range(self.num_shards(split)) if numbers is None else numbers)
-        tasks = shard_tasks(folder, rows, frozen, self.passes(split), recipe["seed"], recipe["samples_per_shard"])
-        chosen = (task for task in tasks if numbers is None or task.number in numbers)
-        results = write_shards(chosen, self.drawing, max(1, min(self.processes, len(wanted))))
-        yield from zip((folder / form.shard_name(number) for number in wanted), results, strict=True)
+        shards = place_shards(place, recipe["seed"], recipe["samples_per_shard"], wanted)
+        tasks = shard_tasks(folder, shards, self.dataset.candidates.get(split), place.first_key)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            saved = Path(scratch) / "drawing"
+            self.drawing.save(saved)
+            for result in write_shards(tasks, saved, max(1, min(self.processes, len(wanted)))):
+                yield folder / result.name, result
 
     def manifest(self, split: str, staging: Path) -> dict[str, Any]:
         """A split's manifest, by building all its shards in a staging folder; none of them is kept."""
@@ -142,8 +155,15 @@ class Rebuild:
                 history = index.slots.astype(np.int64) - self.identity["recipe"]["num_candidates"]
                 missing = lengths[np.searchsorted(rows.keys, index.keys)] - history
                 shortened, dropped = shortened + int((missing > 0).sum()), dropped + int(missing.sum())
-            splits[split] = split_entry(manifest, (index.tokens for index in indexes[split]), shortened, dropped)
-        return shards_info(self.identity, tokenizer, self.encoder, splits, items)
+            splits[split] = split_entry(
+                manifest,
+                sum(int(index.tokens.sum(dtype=np.int64)) for index in indexes[split]),
+                max((int(index.tokens.max(initial=0)) for index in indexes[split]), default=0),
+                shortened,
+                dropped,
+            )
+        about = {"tokenizer": tokenizer, "vocabulary": len(self.encoder.tokenizer)}
+        return shards_info(self.identity, about, title_counts(self.encoder), splits, items)
 
 
 def index_of_tar(path: Path) -> ShardIndex:

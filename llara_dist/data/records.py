@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +51,23 @@ def shard_set_manifest(
 
 
 def split_entry(
-    manifest: Mapping[str, Any], tokens: Iterable[np.ndarray], rows_shortened: int, history_dropped: int
+    manifest: Mapping[str, Any], tokens: int, longest: int, rows_shortened: int, history_dropped: int
 ) -> dict[str, Any]:
     """A split's entry in shards.json.
 
     Args:
         manifest: of the split.
-        tokens: per shard the hybrid positions of its samples, int32.
+        tokens: hybrid positions of all its samples.
+        longest: of one sample.
         rows_shortened: rows whose oldest history was left out to fit.
         history_dropped: items left out of them.
     """
-    total = longest = 0
-    for column in tokens:
-        total, longest = total + int(column.sum(dtype=np.int64)), max(longest, int(column.max(initial=0)))
     return {
         "samples": manifest["samples"],
         "passes": manifest["passes"],
         "shards": len(manifest["shards"]),
         "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
-        "tokens": total,
+        "tokens": tokens,
         "longest_row_tokens": longest,
         "rows_with_history_dropped": rows_shortened,
         "history_items_dropped": history_dropped,
@@ -79,8 +77,8 @@ def split_entry(
 
 def shards_info(
     identity: Mapping[str, Any],
-    tokenizer: str,
-    encoder: PromptEncoder,
+    about: Mapping[str, Any],
+    titles: Mapping[str, int],
     splits: Mapping[str, Mapping[str, Any]],
     items: Path,
 ) -> dict[str, Any]:
@@ -88,21 +86,18 @@ def shards_info(
 
     Args:
         identity: of the build.
-        tokenizer: folder or hub id, as it was given.
-        encoder: of the catalogue.
+        about: the tokenizer as it was given, and its vocabulary.
+        titles: `title_counts` of the catalogue.
         splits: each split's entry.
         items: the items.parquet that was written.
     """
-    shown = np.unique(np.array(encoder.shown), return_counts=True)[1]
     return form.seal(
         {
             "format_version": form.FORMAT_VERSION,
             **identity,
-            "tokenizer": tokenizer,
-            "vocabulary": len(encoder.tokenizer),
+            **about,
             "counts": {
-                "titles_cut": len(encoder.cut_items),
-                "titles_shared": int(shown[shown > 1].sum()),
+                **titles,
                 "longest_row_tokens": max(split["longest_row_tokens"] for split in splits.values()),
             },
             "splits": splits,
@@ -110,6 +105,12 @@ def shards_info(
             "items_sha256": sha256_file(items),
         }
     )
+
+
+def title_counts(encoder: PromptEncoder) -> dict[str, int]:
+    """What the build counts of the titles as prompts show them."""
+    shown = np.unique(np.array(encoder.shown), return_counts=True)[1]
+    return {"titles_cut": len(encoder.cut_items), "titles_shared": int(shown[shown > 1].sum())}
 
 
 def write_items(path: Path, titles: list[str], shown: list[str]) -> None:
