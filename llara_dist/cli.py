@@ -49,6 +49,11 @@ COMMANDS = {
         "full-ranking HR@k, NDCG@k and HR@1 over the frozen candidates",
         "llara-dist recommender eval --data data/movielens --weights recommenders/sasrec --split test",
     ),
+    "recommender join": Command(
+        "llara_dist.recommenders.joining:join",
+        "the item tables of several recommenders → one, for a mixture of their data sets",
+        "llara-dist recommender join --tables '[recommenders/movielens, recommenders/steam]' --out recommenders/both",
+    ),
     "tiny-llama": Command(
         "llara_dist.model.tiny:tiny_llama",
         "make and pre-train a small Llama for tests, debugging and the quickstart",
@@ -58,6 +63,16 @@ COMMANDS = {
         "llara_dist.data.build:build",
         "dataset folder + tokenizer → WebDataset shards with index and manifest",
         "llara-dist shards build --data data/movielens --tokenizer llm --out shards/out/movielens",
+    ),
+    "shards merge": Command(
+        "llara_dist.data.parts:merge",
+        "the parts of a build made on many machines → one shards folder, the bytes of one machine's build",
+        "llara-dist shards merge shards/out/movielens",
+    ),
+    "shards mix": Command(
+        "llara_dist.stream.locations:mix",
+        "the shards of several data sets → one mixture, a weight each",
+        "llara-dist shards mix --shards '[shards/out/movielens, shards/out/steam]' --weights '[1, 0.5]' --out mix",
     ),
     "shards verify": Command(
         "llara_dist.data.verify:verify",
@@ -88,8 +103,8 @@ COMMANDS = {
 }
 
 GROUPS = {
-    "recommender": "the frozen sequential recommender: train, eval",
-    "shards": "training samples as WebDataset shards: build, verify, repair, inspect",
+    "recommender": "the frozen sequential recommender: train, eval, join",
+    "shards": "training samples as WebDataset shards: build, merge, mix, verify, repair, inspect",
 }
 
 
@@ -121,7 +136,13 @@ def find_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     raise InputError(f"unknown command {arguments[0]!r}; `llara-dist --help` lists the commands")
 
 
-POSITIONAL = {"shards verify": "shards", "shards repair": "shards", "shards inspect": "shards", "download": "dataset"}
+POSITIONAL = {
+    "shards merge": "out",
+    "shards verify": "shards",
+    "shards repair": "shards",
+    "shards inspect": "shards",
+    "download": "dataset",
+}
 """Commands whose first argument may be given without its option's name; only --json may stand before it."""
 
 

@@ -9,7 +9,7 @@ between two anchors that prove its edges; a row is then a gather.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ _LEFT, _RIGHT = "a", " a"
 """anchors: a segment is tokenised as _LEFT + segment + _RIGHT, and both must come out as their own tokens"""
 _SLOT_ID = 0
 """what a slot's position holds; the model overwrites its embedding"""
+_TEXTS_PER_BATCH = 4096
 
 
 def shown_title(title: str) -> str:
@@ -143,26 +144,28 @@ class PromptEncoder:
                     )
                 self.shown[item] = title[:end].rstrip()
                 cut.append(item)
-                encoding = self._encode([_LEFT + " " + self.shown[item]])[0]
+                encoding = next(self._encode([_LEFT + " " + self.shown[item]]))
                 length = len(encoding.ids) - len(self._left)
         return np.unique(np.array(cut, dtype=np.int64))
 
-    def _encode(self, texts: list[str]) -> list:
-        return self._encoder.encode_batch(texts, add_special_tokens=False)
+    def _encode(self, texts: list[str]) -> Iterator[Any]:
+        """Encodings in order; each takes kilobytes, so that a large catalogue's must not be held all at once."""
+        for start in range(0, len(texts), _TEXTS_PER_BATCH):
+            yield from self._encoder.encode_batch(texts[start : start + _TEXTS_PER_BATCH], add_special_tokens=False)
 
     def _make_table(self, num_candidates: int) -> UnitTable:
         parts = [template.parts(num_candidates) for template in self.templates]
         contexts = [",", *sorted({tail for _, before, _, after, _ in parts for tail in (before, after)} - {","})]
-        pieces: list[tuple[list[int], int]] = []
+        pieces: list[tuple[np.ndarray, int]] = []
         for context in contexts:
             pieces += self._title_units(context)
-        pieces += [([*ids, self.eos], -1) for ids, _ in self._title_units(None)]
+        pieces += self._title_units(None)
         for head, _, middle, _, end in parts:
-            pieces.append((self.bos + self._literal(head, first=True), -1))
-            pieces += [(self._literal(middle), -1), (self._literal(end), -1)]
+            literals = [self.bos + self._literal(head, first=True), self._literal(middle), self._literal(end)]
+            pieces += [(np.array(ids, dtype=np.uint32), -1) for ids in literals]
         lengths = np.array([len(ids) for ids, _ in pieces], dtype=np.int64)
         return UnitTable(
-            pool=np.fromiter((index for ids, _ in pieces for index in ids), dtype=np.uint32, count=int(lengths.sum())),
+            pool=np.concatenate([ids for ids, _ in pieces]),
             starts=np.cumsum(lengths) - lengths,
             lengths=lengths,
             slots=np.array([slot for _, slot in pieces], dtype=np.int64),
@@ -173,20 +176,23 @@ class PromptEncoder:
             num_contexts=len(contexts),
         )
 
-    def _title_units(self, context: str | None) -> list[tuple[list[int], int]]:
-        """Per item the ids of " Title" + context with the slot's position in it; context None: the answer, no slot."""
+    def _title_units(self, context: str | None) -> list[tuple[np.ndarray, int]]:
+        """Per item the ids (uint32) of " Title" + context and the slot's position in them.
+
+        Context None is the answer: EOS at the end, and -1 for no slot.
+        """
         right = "" if context is None else _RIGHT
         texts = [f"{_LEFT} {title}{context or ''}{right}" for title in self.shown]
         units = []
         for title, text, encoding in zip(self.shown, texts, self._encode(texts), strict=True):
             ids = self._between_anchors(encoding.ids, text, bool(right))
             if context is None:
-                units.append((ids, -1))
+                units.append((np.array([*ids, self.eos], dtype=np.uint32), -1))
                 continue
             title_end = len(_LEFT) + 1 + len(title)
             starts = (start for start, _ in encoding.offsets[len(self._left) : len(self._left) + len(ids)])
             slot = sum(start < title_end for start in starts)
-            units.append(([*ids[:slot], _SLOT_ID, *ids[slot:]], slot))
+            units.append((np.array([*ids[:slot], _SLOT_ID, *ids[slot:]], dtype=np.uint32), slot))
         return units
 
     def _literal(self, text: str, first: bool = False) -> list[int]:

@@ -20,11 +20,11 @@ import pytest
 
 from llara_dist.data.build import build
 from llara_dist.data.dataset import load_dataset
+from llara_dist.data.drawing import draw_templates
 from llara_dist.data.inspect import find_sample, inspect_sample, matching_tokenizer
+from llara_dist.data.placement import place_rows
 from llara_dist.data.prompts import PromptEncoder
 from llara_dist.data.samples import unpack
-from llara_dist.data.drawing import draw_templates
-from llara_dist.data.placement import place_rows
 from llara_dist.data.shards import member_name, read_index, read_manifest, read_shards_info
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.data.verify import verify
