@@ -122,7 +122,9 @@ def _staging(shards: Path) -> Iterator[Path]:
         except OSError:
             pass  # a file system without locks: two repairs at once are then the user's to avoid
         for path in folder.iterdir():
-            if path.name != "lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
                 path.unlink()
         try:
             yield folder

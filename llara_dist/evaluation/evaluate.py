@@ -19,7 +19,8 @@ from llara_dist.evaluation.predict import predict
 from llara_dist.integrity import staged_folder, write_json
 from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.recommenders.ranking import rank_targets, ranking_scores
-from llara_dist.stream.locations import node_cache, open_samples
+from llara_dist.stream.locations import node_cache, open_samples, parts_of
+from llara_dist.stream.reader import Samples
 from llara_dist.training.preflight import check_language_model, check_recommender
 from llara_dist.training.trained import load_trained
 
@@ -40,6 +41,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     shards: str | None = None,
+    source: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> dict[str, Any]:
@@ -60,9 +62,10 @@ def evaluate(
         batch_size: rows a rank computes at once.
         max_new_tokens: the longest answer, EOS included.
         shards: the run's shards, if they no longer lie where it was trained.
+        source: of a run on a mixture, the data set whose rows are evaluated; all by default.
         device: auto, cpu or cuda.
         out: folder for predictions.parquet and metrics.json, which replaces an earlier evaluation but nothing else;
-            default RUN/evaluation/SPLIT-FORM.
+            default RUN/evaluation/SPLIT-FORM[-SOURCE].
 
     Returns:
         metrics.json: "valid_ratio", "hr@1" (over all rows), "hr@1_valid" (over valid rows), "protocols", "ranking"
@@ -90,7 +93,7 @@ def evaluate(
     check_language_model(config, opened)
     check_recommender(config, opened, load_item_table(config.recommender.path))
     hybrid = form_is_hybrid(form, config)
-    ids = np.argsort(opened.all.keys, kind="stable")[: limit or None]
+    ids = rows_of(opened, source)[: limit or None]
     if world.size > 1:
         distributed.initialise(world, target_device)
     try:
@@ -124,13 +127,34 @@ def evaluate(
         "timing": timing | {"ranks": world.size, "batch_size": batch_size, "device": target_device.type},
     }
     if world.is_main:
-        folder = Path(out) if out is not None else default_folder(Path(run), split, hybrid, limit)
+        folder = Path(out) if out is not None else default_folder(Path(run), split, hybrid, limit, source)
         with staged_folder(folder, replace=True) as staging:
             write_predictions(staging / "predictions.parquet", predictions)
             write_json(staging / "metrics.json", result)
         result["out"] = str(folder)
         show(result)
     return result
+
+
+def rows_of(opened: Samples, source: str | None) -> np.ndarray:
+    """Ids of the rows to evaluate, in the order of keys, int64 [n].
+
+    Raises:
+        InputError: no such source, or sources that show different numbers of candidates at once.
+    """
+    parts = parts_of(opened)
+    names = [part.info["dataset"]["name"] for part in parts]
+    if source is not None and source not in names:
+        raise InputError(f"--source {source}: not one of {', '.join(names)}")
+    widths = {part.info["recipe"]["num_candidates"] for part in parts}
+    if source is None and len(widths) > 1:
+        raise InputError(
+            f"{'+'.join(names)}: rows of {' and '.join(str(width) for width in sorted(widths))} candidates; evaluate "
+            f"one data set at a time: --source {names[0]}"
+        )
+    ids = np.argsort(opened.all.keys, kind="stable")
+    ends = np.cumsum([len(part) for part in parts])
+    return ids if source is None else ids[np.searchsorted(ends, ids, side="right") == names.index(source)]
 
 
 def check_replaceable(out: Path) -> None:
@@ -150,9 +174,9 @@ def form_is_hybrid(form: Literal["auto", "hybrid", "text"], config: RunConfig) -
     return not (config.curriculum.schedule == "constant" and config.curriculum.probability == 0.0)
 
 
-def default_folder(run: Path, split: str, hybrid: bool, limit: int) -> Path:
+def default_folder(run: Path, split: str, hybrid: bool, limit: int, source: str | None = None) -> Path:
     """Where results go unless told: beside the checkpoints, never inside one, partial results apart from whole ones."""
-    name = f"{split}-{'hybrid' if hybrid else 'text'}"
+    name = f"{split}-{'hybrid' if hybrid else 'text'}" + (f"-{source}" if source else "")
     if (run / "complete.json").is_file():
         name, run = f"{name}-{run.name}", run.parent.parent
     return run / "evaluation" / (f"{name}-first-{limit}" if limit else name)

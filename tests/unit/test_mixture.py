@@ -91,12 +91,18 @@ def test_a_run_trains_and_is_evaluated_on_it(root, inputs, tmp_path):
     from llara_dist.evaluation.evaluate import evaluate
     from llara_dist.training.loop import train
 
-    config = run_config(inputs, tmp_path / "run", shards=str(root / "mix"), max_steps=3)
+    config = run_config(inputs, tmp_path / "run", shards=str(root / "mix"), max_steps=3, max_tokens_per_microbatch=1500)
     config = dataclasses.replace(config, recommender=dataclasses.replace(config.recommender, path=root / "joined"))
     train(config)
-    rows = len(open_samples(root / "mix", "val", CACHE))
-    found = evaluate(tmp_path / "run", split="val", generation=False)
-    assert found["rows"] == rows
+    mixture = open_samples(root / "mix", "val", CACHE)
+    assert isinstance(mixture, Mixture)
+    for part in mixture.parts:
+        found = evaluate(tmp_path / "run", split="val", generation=False, source=part.info["dataset"]["name"])
+        assert found["rows"] == len(part)
+    with pytest.raises(InputError, match="rows of 10 and 20 candidates; evaluate one data set at a time"):
+        evaluate(tmp_path / "run", split="val", generation=False)
+    with pytest.raises(InputError, match="--source nothing: not one of"):
+        evaluate(tmp_path / "run", split="val", generation=False, source="nothing")
 
 
 def test_what_does_not_fit_is_refused(root, inputs, tmp_path):
@@ -114,7 +120,7 @@ def test_what_does_not_fit_is_refused(root, inputs, tmp_path):
     build(root / "data", str(tmp_path / "tokenizer"), tmp_path / "foreign", processes=1)
     with pytest.raises(InputError, match="same --tokenizer"):
         mix([str(inputs / "shards"), str(tmp_path / "foreign")], tmp_path / "mix")
-    config = run_config(inputs, tmp_path / "run", shards=str(root / "mix"))
+    config = run_config(inputs, tmp_path / "run", shards=str(root / "mix"), max_tokens_per_microbatch=1500)
     from llara_dist.distributed import World
     from llara_dist.training.preflight import open_inputs
 
@@ -133,5 +139,5 @@ def test_a_source_built_again_is_noticed(root, inputs, tmp_path):
     value = json.loads(path.read_text())
     value["sources"][0]["weight"] = "9"
     path.write_text(json.dumps(value))
-    with pytest.raises(InputError, match="mixture.json: altered"):
+    with pytest.raises(InputError, match=r"mixture.json: altered"):
         open_samples(tmp_path / "mix", "train", CACHE)

@@ -167,12 +167,12 @@ def test_a_release_that_builds_otherwise_is_refused(root, copy, name, monkeypatc
     def other_items(path: Path, titles: list[str], shown: list[str]) -> None:
         path.write_bytes(b"other")
 
-    def other_tasks(*arguments):
-        yield from shard_tasks(*arguments[:-2], arguments[-2] + 1, arguments[-1])
+    def other_shards(split, seed, *arguments):
+        yield from place_shards(split, seed + 1, *arguments)
 
-    shard_tasks, write_index = rebuild_room.shard_tasks, rebuild_room.write_index
+    place_shards, write_index = rebuild_room.place_shards, rebuild_room.write_index
     monkeypatch.setattr(rebuild_room, "write_items", other_items)
-    monkeypatch.setattr(rebuild_room, "shard_tasks", other_tasks)
+    monkeypatch.setattr(rebuild_room, "place_shards", other_shards)
     monkeypatch.setattr("llara_dist.data.repair.write_index", lambda path, rows: write_index(path, rows[::-1]))
     refused(copy, f"{name}: what was rebuilt has another sha256.*the damaged file was left", root / "data", processes=1)
     assert not (copy / REPAIR_STAGING).exists()
