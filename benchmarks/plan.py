@@ -24,6 +24,7 @@ from llara_dist.data.shard_index import INDEX, IndexWriter, ShardIndex
 from llara_dist.data.shards import FORMAT_VERSION, MANIFEST, SHARDS, seal
 from llara_dist.hashing import hash64
 from llara_dist.integrity import write_json
+from llara_dist.stream.loader import StepLoader
 from llara_dist.stream.order import Source
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.reader import ShardSet
@@ -50,6 +51,7 @@ def main() -> None:
         "locality": [locality(options.samples, nodes) for nodes in (1, 8, 128)],
         "users": users(options.data, options.shards),
         "balance": balance(options.shards, options.samples),
+        "resume": resume(options.shards),
     }
     with tempfile.TemporaryDirectory() as folder:
         result["scale"] = scale(Path(folder), options.samples)
@@ -150,6 +152,29 @@ def balance(shards: Path, samples: int) -> list[dict[str, float]]:
                 }
             )
     return found
+
+
+def resume(shards: Path) -> dict[str, float]:
+    """From nothing open to the first batch of a step somewhere in a run of five epochs, on one rank."""
+    found = []
+    for part in np.linspace(0.05, 0.95, 7):
+        started = time.perf_counter()
+        opened = ShardSet.open(shards, "train")
+        plan = Plan(opened.sources, seed=0, global_batch=128, epochs=5)
+        first = int(part * plan.num_steps)
+        step = next(iter(StepLoader(opened, plan, always, first_step=first)))
+        assert step.index == first
+        found.append(time.perf_counter() - started)
+    return {
+        "samples": len(opened),
+        "median_s": round(float(np.median(found)), 3),
+        "max_s": round(max(found), 3),
+    }
+
+
+def always(step: int, keys: np.ndarray, passes: np.ndarray) -> np.ndarray:
+    """Every sample hybrid."""
+    return np.ones(len(keys), dtype=bool)
 
 
 def scale(folder: Path, samples: int) -> dict[str, object]:
