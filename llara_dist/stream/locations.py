@@ -110,7 +110,7 @@ def is_remote(samples: Samples) -> bool:
     return any(isinstance(part.folder, CachedFolder) for part in parts_of(samples))
 
 
-def mix(shards: list[str], out: Path, weights: list[str] | None = None) -> dict[str, Any]:
+def mix(shards: list[str], out: Path, weights: list[float | str] | None = None) -> dict[str, Any]:
     """Join the shards of several data sets into one mixture, which training takes as its shards.
 
     Join the item tables in the same order: `llara-dist recommender join`.
@@ -118,8 +118,8 @@ def mix(shards: list[str], out: Path, weights: list[str] | None = None) -> dict[
     Args:
         shards: shards folders or URLs, in the order of the joined item table.
         out: the mixture's folder to make.
-        weights: passes that an epoch reads of each source, 1 by default: 0.5 = half of a pass, another half in the next
-            epoch; 2 = two passes.
+        weights: passes that an epoch reads of each source, 1 by default: 0.5 (or 1/2) = half of a pass, another half in
+            the next epoch; 2 = two passes.
 
     Returns:
         mixture.json as written.
@@ -129,7 +129,7 @@ def mix(shards: list[str], out: Path, weights: list[str] | None = None) -> dict[
     """
     if not shards:
         raise InputError("--shards: name at least one shards folder")
-    given = [parse_weight(weight) for weight in weights] if weights else [Fraction(1)] * len(shards)
+    given = [parse_weight(str(weight)) for weight in weights] if weights else [Fraction(1)] * len(shards)
     if len(given) != len(shards):
         raise InputError(f"--weights: {len(given)} weights for {len(shards)} shards folders")
     cache = node_cache(DataConfig())

@@ -105,6 +105,17 @@ def test_a_run_trains_and_is_evaluated_on_it(root, inputs, tmp_path):
         evaluate(tmp_path / "run", split="val", generation=False, source="nothing")
 
 
+def test_weights_on_the_command_line(root, inputs, tmp_path):
+    """Numbers and fractions in a YAML list."""
+    from llara_dist.cli import main
+
+    shards = f"[{inputs / 'shards'}, {root / 'other'}]"
+    for number, weights in enumerate(("[1, 0.5]", "[1, 1/2]", "[1.0, 0.50]")):
+        main(["shards", "mix", "--shards", shards, "--weights", weights, "--out", str(tmp_path / str(number))])
+        info = json.loads((tmp_path / str(number) / "mixture.json").read_text())
+        assert [source["weight"] for source in info["sources"]] == ["1", "1/2"]
+
+
 def test_what_does_not_fit_is_refused(root, inputs, tmp_path):
     with pytest.raises(InputError, match="wide: item vectors of width 24"):
         join([inputs / "rec", root / "wide"], tmp_path / "joined")
