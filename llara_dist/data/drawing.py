@@ -50,7 +50,7 @@ class Drawing:
         values = json.loads((folder / "numbers.json").read_text())
         for path in folder.glob("*.npy"):
             small = path.stat().st_size < 4096  # may hold no value at all, and nothing cannot be mapped
-            values[path.stem] = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+            values[path.stem] = np.asarray(np.load(path, mmap_mode=None if small else "r", allow_pickle=False))
         table = UnitTable(**{item.name: values.pop(item.name) for item in fields(UnitTable)})
         return cls(table=table, **values)
 
