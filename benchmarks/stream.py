@@ -4,15 +4,16 @@
 
 The peers are in benchmarks/peers.txt. All arms read pass 0 of the train split in one process without workers, from a
 warm page cache, and end in the same thing: hybrid `Batch`es of at most 8,192 positions. An arm is one endless iterator
-that goes on where it stopped: opening and the first fill of a shuffle buffer are outside the windows. Arms take turns,
-window by window; the order turns from round to round. Medians over the rounds; a ratio is the median of the rounds'
-ratios, each of two windows that lie close together.
+in a process of its own, since some peers leave threads running that would slow the others; it goes on where it stopped:
+opening and the first fill of a shuffle buffer are outside the windows. Arms take turns, window by window; the order
+turns from round to round. Medians over the rounds; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -21,11 +22,13 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +105,19 @@ def compare_readers(shards: Path, scratch: Path, seconds: float, rounds: int) ->
     del samples
     form, forms = fastest_form(parquet, min(1.0, seconds))
     arms = {
-        OURS: our_arm(opened),
-        "webdataset": streamed(partial(webdataset_samples, urls, True)),
-        "webdataset, bytes": streamed(partial(webdataset_samples, urls, False)),
-        "datasets, streaming": streamed(partial(parquet_samples, parquet, form)),
-        "mosaicml-streaming": streamed(partial(mosaic_samples, mds)),
+        OURS: partial(our_arm, shards),
+        "webdataset": partial(streamed, partial(webdataset_samples, urls, True)),
+        "webdataset, bytes": partial(streamed, partial(webdataset_samples, urls, False)),
+        "datasets, streaming": partial(streamed, partial(parquet_samples, parquet, form)),
+        "mosaicml-streaming": partial(streamed, partial(mosaic_samples, mds)),
     }
+    epochs, rates = measure(arms, expected, seconds, rounds)
     return {
         "samples": {"pass_0": len(expected), "mean_tokens": round(mean_tokens, 1), "tars": len(urls)},
         "windows": {"seconds": seconds, "rounds": rounds},
         "datasets_form": {"used": form, "samples_per_second_of_each": forms},
-        "one_epoch": {name: read_through(arm, expected) for name, arm in arms.items()},
-        "arms": measure(arms, seconds, rounds),
+        "one_epoch": epochs,
+        "arms": rates,
     }
 
 
@@ -135,8 +139,9 @@ def streamed(samples: Callable[[int], Iterable[Sample]]) -> Arm:
     return Arm(samples, lambda seed: packed(samples(seed)))
 
 
-def our_arm(shards: ShardSet) -> Arm:
+def our_arm(folder: Path) -> Arm:
     """Plan, ranged reads, every crc32 compared, steps balanced over micro-batches."""
+    shards = ShardSet.open(folder, "train")
 
     def samples(seed: int) -> Iterator[Sample]:
         plan = Plan(shards.sources, seed, GLOBAL_BATCH, epochs=1)
@@ -263,9 +268,9 @@ def window(items: Iterator[Any], seconds: float, size: Callable[[Any], int]) -> 
     return done, wall, time.process_time() - cpu
 
 
-def read_through(arm: Arm, expected: np.ndarray) -> dict[str, int]:
+def read_through(make: Callable[[], Arm], expected: np.ndarray) -> dict[str, int]:
     """One whole epoch, untimed: warms the page cache and counts; `expected` are the keys, sorted."""
-    keys = np.array([sample.key for sample in arm.samples(0)], dtype=np.uint64)
+    keys = np.array([sample.key for sample in make().samples(0)], dtype=np.uint64)
     return {
         "samples": len(keys),
         "repeated": len(keys) - len(np.unique(keys)),
@@ -273,44 +278,76 @@ def read_through(arm: Arm, expected: np.ndarray) -> dict[str, int]:
     }
 
 
-def measure(arms: dict[str, Arm], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
-    """Interleaved windows of each arm, of batches and of samples; what each reached, and ours over it."""
-    batches = {name: chain.from_iterable(map(arm.batches, count(1))) for name, arm in arms.items()}
-    samples = {name: chain.from_iterable(map(arm.samples, count(1))) for name, arm in arms.items()}
-    for name in arms:
-        next(batches[name])
-        next(samples[name])
-    rates: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
-    names = list(arms)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seen: list[tuple[int, int]] = []
-            rows, wall, cpu = window(batches[name], seconds, partial(note, seen))
-            read, read_wall, read_cpu = window(samples[name], seconds, lambda sample: 1)
-            tokens = sum(batch_tokens for _, batch_tokens in seen)
-            for key, value in {
-                "samples_per_second": rows / wall,
-                "tokens_per_second": tokens / wall,
-                "samples_per_cpu_second": rows / cpu,
-                "reading_only_samples_per_second": read / read_wall,
-                "reading_only_samples_per_cpu_second": read / read_cpu,
-                "tokens_per_batch": tokens / len(seen),
-            }.items():
-                rates[name].setdefault(key, []).append(value)
+_ITEMS: Iterator[Any] = iter(())
+"""what this process's windows go on with"""
+
+
+def begin(make: Callable[[], Arm], kind: str) -> None:
+    """Make this process's endless iterator and take the first item."""
+    global _ITEMS
+    epoch = getattr(make(), kind)
+    _ITEMS = (item for seed in count(1) for item in epoch(seed))
+    next(_ITEMS)
+
+
+def batch_window(seconds: float) -> dict[str, float]:
+    """A window of batches."""
+    seen: list[tuple[int, int]] = []
+    rows, wall, cpu = window(_ITEMS, seconds, partial(note, seen))
+    tokens = sum(batch_tokens for _, batch_tokens in seen)
     return {
-        name: {
-            **{key: spread(values) for key, values in found.items()},
-            "ours_over_this": {key: ratios(rates[OURS][key], found[key]) for key in found if key != "tokens_per_batch"},
-        }
-        for name, found in rates.items()
+        "samples_per_second": rows / wall,
+        "tokens_per_second": tokens / wall,
+        "samples_per_cpu_second": rows / cpu,
+        "tokens_per_batch": tokens / len(seen),
     }
+
+
+def sample_window(seconds: float) -> dict[str, float]:
+    """A window of samples, neither packed nor collated."""
+    read, wall, cpu = window(_ITEMS, seconds, lambda sample: 1)
+    return {"reading_only_samples_per_second": read / wall, "reading_only_samples_per_cpu_second": read / cpu}
 
 
 def note(seen: list[tuple[int, int]], batch: Batch) -> int:
     """Note a batch's samples and tokens."""
     seen.append((batch.num_samples, batch.num_tokens))
     return batch.num_samples
+
+
+def measure(
+    arms: dict[str, Callable[[], Arm]], expected: np.ndarray, seconds: float, rounds: int
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, Any]]]:
+    """An epoch of each arm, counted, then interleaved windows; what each reached, and ours over it."""
+    kinds = {"batches": batch_window, "samples": sample_window}
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
+    epochs, names = {}, list(arms)
+    with ExitStack() as stack:
+        pools = {}
+        for name, make in arms.items():
+            for kind in kinds:
+                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                pools[name, kind] = stack.enter_context(pool)
+                if kind == "samples":
+                    epochs[name] = pool.submit(read_through, make, expected).result()
+                pool.submit(begin, make, kind).result()
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                for kind, run in kinds.items():
+                    for key, value in pools[name, kind].submit(run, seconds).result().items():
+                        rates[name].setdefault(key, []).append(value)
+        # Threads that a peer leaves waiting would keep its process from ending.
+        for pool in pools.values():
+            for process in list(pool._processes.values()):
+                process.terminate()
+    return epochs, {
+        name: {
+            **{key: spread(values) for key, values in found.items()},
+            "ours_over_this": {key: ratios(rates[OURS][key], found[key]) for key in found if key != "tokens_per_batch"},
+        }
+        for name, found in rates.items()
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:
