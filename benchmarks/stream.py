@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from llara_dist.data.samples import ARRAYS, NUMBERS, Sample, unpack
+from llara_dist.data.samples import ARRAYS, Sample, unpack
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.loader import StepLoader
 from llara_dist.stream.plan import Plan
@@ -54,6 +54,9 @@ class Arm:
 
     samples: Callable[[int], Iterable[Sample]]
     batches: Callable[[int], Iterable[Batch]]
+
+
+NUMBERS = ("key", "pass", "num_history", "target_index", "answer_start", "answer_end")
 
 
 def main() -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 
 from llara_dist.errors import InputError
 
+_TOKEN, _PLACE = np.dtype("<u4"), np.dtype("<i4")
 ARRAYS = {
-    "tokens": np.dtype("<u4"),
-    "slot_positions": np.dtype("<i4"),
-    "slot_items": np.dtype("<i4"),
-    "title_starts": np.dtype("<i4"),
-    "title_lengths": np.dtype("<i4"),
+    "tokens": _TOKEN,
+    "slot_positions": _PLACE,
+    "slot_items": _PLACE,
+    "title_starts": _PLACE,
+    "title_lengths": _PLACE,
 }
-NUMBERS = ("key", "pass", "num_history", "target_index", "answer_start", "answer_end")
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One (history, candidates, target) row as token ids of the hybrid prompt.
 
     The text-only form is the same row with the slot positions taken out; evaluation cuts it at `answer_start`.
@@ -90,16 +88,20 @@ def unpack(data: bytes) -> Sample:
     """
     try:
         record = msgpack.unpackb(data)
-        arrays = {name: np.frombuffer(record[name], dtype=dtype) for name, dtype in ARRAYS.items()}
-        numbers = {name: int(record[name]) for name in NUMBERS}
+        # Spelled out: this runs for every sample of every epoch.
+        return Sample(
+            key=int(record["key"]),
+            pass_index=int(record["pass"]),
+            tokens=np.frombuffer(record["tokens"], _TOKEN),
+            slot_positions=np.frombuffer(record["slot_positions"], _PLACE),
+            slot_items=np.frombuffer(record["slot_items"], _PLACE),
+            title_starts=np.frombuffer(record["title_starts"], _PLACE),
+            title_lengths=np.frombuffer(record["title_lengths"], _PLACE),
+            num_history=int(record["num_history"]),
+            target_index=int(record["target_index"]),
+            answer_start=int(record["answer_start"]),
+            answer_end=int(record["answer_end"]),
+        )
     except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"not a sample of this format ({type(error).__name__}: {error})") from None
-    return Sample(
-        key=numbers["key"],
-        pass_index=numbers["pass"],
-        num_history=numbers["num_history"],
-        target_index=numbers["target_index"],
-        answer_start=numbers["answer_start"],
-        answer_end=numbers["answer_end"],
-        **arrays,
-    )
+        problem = f"{type(error).__name__}: {error}"
+    raise InputError(f"not a sample of this format ({problem})")

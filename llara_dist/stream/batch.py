@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llara_dist.data.rows import ranges
 from llara_dist.data.samples import Sample
 
 
@@ -98,40 +99,51 @@ def collate(samples: Sequence[Sample], hybrid: np.ndarray | Sequence[bool], answ
     flags = np.asarray(hybrid, dtype=bool)
     if len(flags) != len(samples):
         raise ValueError(f"{len(samples)} samples, {len(flags)} hybrid flags")
-    rows, slots, items, label_positions, labels = [], [], [], [], []
-    offset = 0
-    for sample, keep_slots in zip(samples, flags, strict=True):
-        end = sample.answer_end if answers else sample.answer_start
-        row = sample.tokens[:end].astype(np.int64)
-        first_label = offset + sample.answer_start - 1
-        if keep_slots:
-            slots.append(sample.slot_positions.astype(np.int64) + offset)
-            items.append(sample.slot_items)
-        else:
-            row = np.delete(row, sample.slot_positions)
-            first_label -= len(sample.slot_positions)
-        if answers:
-            labels.append(sample.tokens[sample.answer_start : sample.answer_end].astype(np.int64))
-            label_positions.append(np.arange(first_label, first_label + len(labels[-1])))
-        rows.append(row)
-        offset += len(row)
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ends = [sample.answer_end if answers else sample.answer_start for sample in samples]
+    tokens = np.concatenate([sample.tokens[:end] for sample, end in zip(samples, ends, strict=True)])
+    lengths = np.array(ends, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    unique, inverse = np.unique(_join(items), return_inverse=True)
+    slot_counts = np.array([len(sample.slot_positions) for sample in samples], dtype=np.int64)
+    slots = _join([sample.slot_positions for sample in samples]) + np.repeat(starts, slot_counts)
+    items = _join([sample.slot_items for sample in samples])
+    labels, label_counts, label_places = _labels(samples, tokens, starts, answers)
+    if not flags.all():
+        # The slots of text-only rows go; what stands after them moves up.
+        kept_slot = np.repeat(flags, slot_counts)
+        keep = np.ones(len(tokens), dtype=bool)
+        keep[slots[~kept_slot]] = False
+        moved = np.cumsum(keep) - 1
+        tokens, slots, items = tokens[keep], moved[slots[kept_slot]], items[kept_slot]
+        label_places = moved[label_places]
+        lengths = lengths - np.where(flags, 0, slot_counts)
+        starts = np.cumsum(lengths) - lengths
+    unique, inverse = np.unique(items, return_inverse=True)
     return Batch(
-        tokens=torch.from_numpy(np.concatenate(rows)),
-        position_ids=torch.from_numpy(np.arange(offset) - np.repeat(starts, lengths)),
-        cu_seqlens=torch.from_numpy(np.append(starts, offset).astype(np.int32)),
+        tokens=torch.from_numpy(tokens.astype(np.int64)),
+        position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(starts, lengths)),
+        cu_seqlens=torch.from_numpy(np.append(starts, len(tokens)).astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        slot_positions=torch.from_numpy(_join(slots)),
+        slot_positions=torch.from_numpy(slots),
         unique_items=torch.from_numpy(unique if len(unique) else np.zeros(1, dtype=np.int64)),
         slot_inverse=torch.from_numpy(inverse.astype(np.int64)),
-        label_positions=torch.from_numpy(_join(label_positions)),
-        labels=torch.from_numpy(_join(labels)),
-        sample_of_label=torch.from_numpy(np.repeat(np.arange(len(labels)), [len(label) for label in labels])),
+        label_positions=torch.from_numpy(label_places),
+        labels=torch.from_numpy(labels),
+        sample_of_label=torch.from_numpy(np.repeat(np.arange(len(samples)), label_counts)),
         keys=torch.from_numpy(np.array([sample.key for sample in samples], dtype=np.int64)),
         hybrid=torch.from_numpy(flags.copy()),
     )
+
+
+def _labels(
+    samples: Sequence[Sample], tokens: np.ndarray, starts: np.ndarray, answers: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The answers' tokens, how many each sample has, and the positions that predict them; int64 each."""
+    if not answers:
+        return np.zeros(0, np.int64), np.zeros(len(samples), np.int64), np.zeros(0, np.int64)
+    begins = np.array([sample.answer_start for sample in samples], dtype=np.int64)
+    counts = np.array([sample.answer_end for sample in samples], dtype=np.int64) - begins
+    places = ranges(starts + begins, counts)
+    return tokens[places].astype(np.int64), counts, places - 1
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

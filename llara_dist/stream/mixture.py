@@ -132,7 +132,7 @@ class Mixture:
             offset = self.info["sources"][number]["item_offset"]
             for place, sample in zip(mine, part.read(wanted[mine] - self.first_ids[number]), strict=True):
                 key = sample.key + (number << _KEY_BITS)
-                samples[place] = dataclasses.replace(sample, key=key, slot_items=sample.slot_items + np.int32(offset))
+                samples[place] = sample._replace(key=key, slot_items=sample.slot_items + np.int32(offset))
         return samples
 
     def titles(self) -> list[str]:

@@ -192,23 +192,39 @@ class ShardSet:
             InputError: a sample's bytes are short or have another crc32 (names shard, offset, key).
         """
         self._files.tick()
-        return [self._read(int(number)) for number in ids]
+        wanted = np.fromiter(ids, dtype=np.int64)
+        samples: list[Any] = [None] * len(wanted)
+        for shard, places, rows in self._by_shard(wanted):
+            index, pass_index = self.index.shard(shard), self.manifest["shards"][shard]["pass"]
+            descriptor = self._descriptor(shard)
+            columns = (index.offsets[rows], index.sizes[rows], index.crc32[rows], index.keys[rows])
+            for place, offset, size, crc32, key in zip(places.tolist(), *map(np.ndarray.tolist, columns), strict=True):
+                payload = os.pread(descriptor, size, offset)
+                sample = None
+                if form.payload_problem(payload, size, crc32) is None:
+                    sample = unpack(payload)
+                if sample is None or sample.key != key or sample.pass_index != pass_index:
+                    sample = self._read_again(shard, offset, size, crc32, key)
+                    descriptor = self._descriptor(shard)
+                samples[place] = sample
+        return samples
 
-    def _read(self, number: int, again: bool = False) -> Sample:
-        shard = int(np.searchsorted(self.first_ids, number, side="right")) - 1
-        index, row = self.index.shard(shard), number - int(self.first_ids[shard])
-        offset, size, key = int(index.offsets[row]), int(index.sizes[row]), int(index.keys[row])
-        folder, file = self.split_folder, self.file(shard)
-        payload = os.pread(self._files.get(shard, lambda: folder.open(file)), size, offset)
-        problem = form.payload_problem(payload, size, int(index.crc32[row]))
+    def _descriptor(self, shard: int) -> int:
+        return self._files.get(shard, lambda: self.split_folder.open(self.file(shard)))
+
+    def _read_again(self, shard: int, offset: int, size: int, crc32: int, key: int) -> Sample:
+        """A sample whose bytes are not the index's: once more where the copy can be fetched anew, else say so."""
+        pass_index, file, folder = self.manifest["shards"][shard]["pass"], self.file(shard), self.split_folder
+        payload = os.pread(self._descriptor(shard), size, offset)
+        self._files.close(shard)
+        if folder.discard(file):
+            payload = os.pread(self._descriptor(shard), size, offset)
+        problem = form.payload_problem(payload, size, crc32)
         if problem is None:
             sample = unpack(payload)
-            if sample.key == key and sample.pass_index == self.manifest["shards"][shard]["pass"]:
+            if sample.key == key and sample.pass_index == pass_index:
                 return sample
             problem = f"holds key {sample.key} of pass {sample.pass_index}"
-        self._files.close(shard)
-        if not again and folder.discard(file):
-            return self._read(number, again=True)
         raise InputError(
             f"{folder.shown(file.name)}: sample at offset {offset}, key {key}: {problem}; {REMEDY}", everywhere=False
         )

@@ -30,7 +30,7 @@ def sample(**changes) -> Sample:
 def test_bytes_and_back():
     before = sample()
     after = unpack(pack(before))
-    for name, value in vars(before).items():
+    for name, value in before._asdict().items():
         if isinstance(value, np.ndarray):
             assert getattr(after, name).dtype == value.dtype
             np.testing.assert_array_equal(getattr(after, name), value)
