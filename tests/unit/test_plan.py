@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llara_dist.errors import InputError
@@ -69,6 +69,7 @@ def test_steps_do_not_depend_on_who_computes_them(sizes, batch, nodes, budget, l
     worlds=st.lists(st.sampled_from([(1,), (4,), (2,), (2, 2), (1, 3), (1, 1, 1)]), min_size=2, max_size=4),
     cuts=st.lists(st.floats(0, 1), min_size=3, max_size=3),
 )
+@example(sizes=[100, 60], batch=16, epochs=2, worlds=[(1,), (4,), (2,)], cuts=[0.3, 0.6, 0.9])
 def test_a_change_of_world_goes_on_with_exactly_the_remaining_samples(sizes, batch, epochs, worlds, cuts):
     """Restarts anywhere, each with another world and budget: together the ranks compute the plan's samples, once."""
     shards = source(sizes, passes=2)
