@@ -27,7 +27,9 @@ _ARTICLES = (
 )
 _ARTICLE = "|".join(sorted({word for line in _ARTICLES for word in line.split()}, key=lambda word: (-len(word), word)))
 # "(start or bracket)  [a.k.a. ]Body, Article  (end or bracket)"; an article in small letters is part of a sentence.
-_MOVED = re.compile(rf"(?P<lead>\s*(?:a\.?k\.?a\.?\s+)?)(?P<body>[^()]+?),\s*(?P<article>{_ARTICLE})(?=\s*(?:[()]|$))")
+_MOVED = re.compile(
+    rf"(?P<lead>\s*(?:a\.?k\.?a\.?\s+)?)(?P<body>[^()]+?)\s*,\s*(?P<article>{_ARTICLE})(?=\s*(?:[()]|$))"
+)
 
 
 @dataclass(frozen=True)
