@@ -67,10 +67,15 @@ def start_lookahead(
             f"{needed / GIB:.3g} GiB beside {indexes / GIB:.3g} GiB of index; raise it, use more nodes, or build "
             "smaller shards"
         )
+    reach = needed + int(settings.lookahead_gib * GIB)
+    if settings.cache_limit_gib:
+        # Readers keep a shard for a little while after its last step: leave room for that.
+        spare = int(settings.cache_limit_gib * GIB) - indexes - max(int(part.sources[0].bytes.max()) for part in parts)
+        reach = max(needed, min(reach, spare))
     prefetcher = Prefetcher(
         parts[0].folder.cache,  # pyright: ignore[reportAttributeAccessIssue]
         node_needs(samples, plan, steps, ranks, world_size),
-        ahead_bytes=needed + int(settings.lookahead_gib * GIB),
+        ahead_bytes=reach,
     )
     prefetcher.at_step(steps.start)
     prefetcher.start()
