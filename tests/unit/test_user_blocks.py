@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llara_dist.data import dataset, rows, sequences, tables, user_blocks
+from llara_dist.data import dataset, dataset_tables, rows, sequences, tables, user_blocks
 from llara_dist.data.exclusions import touched_items
 from llara_dist.data.prepare import prepare
 from llara_dist.integrity import sha256_file
@@ -68,7 +68,7 @@ def test_dataset_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.M
     for file in (tmp_path / "whole").iterdir():
         assert sha256_file(file) == sha256_file(tmp_path / "blocks" / file.name), file.name
 
-    for room in (dataset, sequences):
+    for room in (dataset_tables, sequences):
         monkeypatch.setattr(room, "ROWS_PER_CHUNK", 64)
     monkeypatch.setattr(rows.chunks, "__defaults__", (64,))
     chunked = prepare(str(recipe), tmp_path / "chunks")
