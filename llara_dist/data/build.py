@@ -20,7 +20,6 @@ from llara_dist.data import parts as build_parts
 from llara_dist.data import shards as form
 from llara_dist.data.dataset import Dataset, load_dataset
 from llara_dist.data.drawing import Drawing, draw_rows, draw_templates
-from llara_dist.data.exclusions import touched_items
 from llara_dist.data.placement import Split, first_placed, place_shards, shards_of_part
 from llara_dist.data.prompts import DEFAULT_MAX_TITLE_TOKENS, PromptEncoder
 from llara_dist.data.records import title_counts, write_items
@@ -113,8 +112,7 @@ def build(
     dataset = load_dataset(Path(data))
     loaded = load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, dataset.titles, load_templates(templates or dataset.domain), max_title_tokens)
-    touched = touched_items(*dataset.interactions, dataset.num_items)
-    drawing = Drawing(encoder.table(dataset.num_candidates), seed, max_tokens, *touched)
+    drawing = Drawing(encoder.table(dataset.num_candidates), seed, max_tokens, *dataset.touched)
     member_bytes = _examine_some_rows(encoder, dataset, drawing)
     head = head_of(
         dataset,

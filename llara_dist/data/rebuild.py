@@ -19,7 +19,6 @@ from llara_dist.data import shards as form
 from llara_dist.data.build import splits_of
 from llara_dist.data.dataset import Dataset, load_dataset
 from llara_dist.data.drawing import Drawing
-from llara_dist.data.exclusions import touched_items
 from llara_dist.data.inspect import matching_tokenizer
 from llara_dist.data.placement import place_shards
 from llara_dist.data.prompts import PromptEncoder
@@ -70,12 +69,7 @@ class Rebuild:
         templates = [Template(text) for text in recipe["templates"]]
         encoder = PromptEncoder(tokenizer, dataset.titles, templates, recipe["max_title_tokens"])
         table = encoder.table(recipe["num_candidates"])
-        drawing = Drawing(
-            table,
-            recipe["seed"],
-            recipe["max_tokens"],
-            *touched_items(*dataset.interactions, dataset.num_items),
-        )
+        drawing = Drawing(table, recipe["seed"], recipe["max_tokens"], *dataset.touched)
         return cls(identity, dataset, given or recorded, encoder, drawing, processes)
 
     def passes(self, split: str) -> int:

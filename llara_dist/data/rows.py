@@ -88,7 +88,7 @@ def concatenate(parts: list[Rows]) -> Rows:
         keys=np.concatenate([part.keys for part in parts]),
         users=np.concatenate([part.users for part in parts]),
         offsets=np.concatenate(
-            [[0], *(part.offsets[1:] + begin for part, begin in zip(parts, begins, strict=False))]
+            [[0], *(part.offsets[1:] + begin for part, begin in zip(parts, begins[:-1], strict=True))]
         ).astype(np.int64),
         items=np.concatenate([part.items for part in parts]),
         targets=np.concatenate([part.targets for part in parts]),

@@ -8,7 +8,7 @@ import numpy as np
 
 from llara_dist.config import DataConfig
 from llara_dist.errors import InputError
-from llara_dist.stream.locations import GIB, CachedFolder, parts_of
+from llara_dist.stream.locations import GIB, CachedFolder, node_cache, parts_of
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.prefetch import Need, Prefetcher
 from llara_dist.stream.reader import Samples
@@ -73,7 +73,7 @@ def start_lookahead(
         spare = int(settings.cache_limit_gib * GIB) - indexes - max(int(part.sources[0].bytes.max()) for part in parts)
         reach = max(needed, min(reach, spare))
     prefetcher = Prefetcher(
-        parts[0].folder.cache,  # pyright: ignore[reportAttributeAccessIssue]
+        node_cache(settings),
         node_needs(samples, plan, steps, ranks, world_size),
         ahead_bytes=reach,
     )

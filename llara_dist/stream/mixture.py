@@ -92,7 +92,7 @@ class Mixture:
         """What a plan is made of."""
         return tuple(
             dataclasses.replace(own, first_ids=own.first_ids + first, weight=Fraction(source["weight"]))
-            for part, first, source in zip(self.parts, self.first_ids.tolist(), self.info["sources"], strict=False)
+            for part, first, source in zip(self.parts, self.first_ids[:-1].tolist(), self.info["sources"], strict=True)
             for own in part.sources
         )
 
@@ -204,7 +204,7 @@ def describe_mixture(places: list[str], infos: list[dict[str, Any]], weights: li
                     "samples": info["splits"]["train"]["samples"],
                     "passes": info["splits"]["train"]["passes"],
                 }
-                for place, info, weight, offset in zip(places, infos, weights, offsets, strict=False)
+                for place, info, weight, offset in zip(places, infos, weights, offsets[:-1], strict=True)
             ],
         }
     )

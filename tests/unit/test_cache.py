@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from tests.servers import FaultyServer, content, s3_bucket
 
 SECRET = "hunter2SECRET"
 SPAWN = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = FaultyServer()
-    yield running
-    running.close()
 
 
 def _cache(folder: Path, limit_bytes: int | None = None, attempts: int = 3) -> NodeCache:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from llara_dist.data.build import build
 from llara_dist.errors import InputError
 from llara_dist.hashing import uniform
 from llara_dist.stream.loader import Step, StepLoader
@@ -46,10 +45,7 @@ class BreaksAt:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("loader")
-    data = worlds.write_world(root / "data", num_users=30)
-    worlds.byte_level().save_pretrained(root / "tokenizer")
-    build(data, str(root / "tokenizer"), root / "shards", passes=2, processes=1, samples_per_shard=64)
-    return root / "shards"
+    return worlds.write_shards(root, num_users=30, samples_per_shard=64) / "shards"
 
 
 @pytest.fixture

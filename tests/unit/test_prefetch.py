@@ -19,14 +19,6 @@ from llara_dist.stream.remote import RemoteFolder, Timeouts
 from tests.servers import FaultyServer
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = FaultyServer()
-    yield running
-    running.close()
-
-
 def _wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
     while not condition():

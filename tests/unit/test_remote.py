@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,14 +17,6 @@ from tests.servers import FaultyServer, content, s3_bucket
 
 SECRET = "hunter2SECRET"
 QUICK = Retry(attempts=3, backoff_seconds=0.001)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = FaultyServer()
-    yield running
-    running.close()
 
 
 def everything_said(error: BaseException) -> str:

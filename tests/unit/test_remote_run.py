@@ -27,10 +27,7 @@ from .test_loader import HalfHybrid, assert_same
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     root = tmp_path_factory.mktemp("remote")
-    data = worlds.write_world(root / "data", num_users=30)
-    worlds.byte_level().save_pretrained(root / "tokenizer")
-    build(data, str(root / "tokenizer"), root / "shards", passes=2, processes=1, samples_per_shard=64)
-    return root / "shards"
+    return worlds.write_shards(root, num_users=30, samples_per_shard=64) / "shards"
 
 
 @contextlib.contextmanager

@@ -31,12 +31,6 @@ def root(tmp_path_factory) -> Path:
     return worlds.write_shards(tmp_path_factory.mktemp("repair"))
 
 
-@pytest.fixture
-def copy(root, tmp_path) -> Path:
-    shutil.copytree(root / "shards", tmp_path / "shards")
-    return tmp_path / "shards"
-
-
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     """Of every file its inode and when it was last written."""
     found = {}

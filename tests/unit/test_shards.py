@@ -46,12 +46,6 @@ def make(root: Path, name: str, **settings) -> dict:
     return build(root / "data", str(root / "tokenizer"), root / name, **settings)
 
 
-@pytest.fixture
-def copy(root, tmp_path) -> Path:
-    shutil.copytree(root / "shards", tmp_path / "shards")
-    return tmp_path / "shards"
-
-
 def test_same_bytes_whatever_the_processes(root):
     make(root, "again", processes=3)
     assert worlds.files(root / "again") == worlds.files(root / "shards")

@@ -25,12 +25,6 @@ def root(tmp_path_factory) -> Path:
     return worlds.write_shards(tmp_path_factory.mktemp("verify"))
 
 
-@pytest.fixture
-def copy(root, tmp_path) -> Path:
-    shutil.copytree(root / "shards", tmp_path / "shards")
-    return tmp_path / "shards"
-
-
 def findings(copy: Path, **wanted) -> list[dict]:
     """The findings of a damaged folder whose fields are as wanted; each was printed or is counted in the one line."""
     with pytest.raises(InputError) as caught:
