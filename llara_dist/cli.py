@@ -90,7 +90,7 @@ COMMANDS = {
         "llara-dist shards inspect shards/out/movielens --key 42",
     ),
     "train": Command(
-        "llara_dist.training.loop:train",
+        "llara_dist.tuning:train",
         "tune LoRA and projector with the curriculum; the same code runs under deepspeed, torchrun and srun",
         "llara-dist train --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
         "--recommender.path recommenders/sasrec --out runs/movielens",

@@ -209,15 +209,76 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: optimizer steps between checkpoints; 0 = only at the end.
-        keep_last: how many of the newest checkpoints stay.
+        keep_last: how many of the newest checkpoints stay; the best by validation stays beside them.
+        asynchronous: write in the background while the steps go on; false = wait for every write.
     """
 
     every_steps: int = 500
     keep_last: int = 2
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps}: must not be negative")
         _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation while training runs; it touches neither the order of samples nor any generator.
+
+    Attributes:
+        every_steps: optimizer steps between validations; 0 = none. The end of the run is validated as well.
+        rows: only the first rows of the validation split by key; 0 = all.
+        generation: HR@1 by free greedy generation (exact protocol); false = by the candidates' likelihood.
+        max_new_tokens: longest generated answer, EOS included.
+        batch_size: rows a rank computes at once.
+        patience: stop early after so many validations in a row without a better one; 0 = never.
+    """
+
+    every_steps: int = 0
+    rows: int = 0
+    generation: bool = True
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "rows", "patience"):
+            _require(getattr(self, name) >= 0, f"validation.{name}={getattr(self, name)}: must not be negative")
+        for name in ("max_new_tokens", "batch_size"):
+            _require(getattr(self, name) >= 1, f"validation.{name}={getattr(self, name)}: must be at least 1")
+        _require(
+            self.patience == 0 or self.every_steps > 0,
+            f"validation.patience={self.patience} needs validations: set validation.every_steps",
+        )
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What happens when something goes wrong.
+
+    Attributes:
+        max_skipped_steps: the run stops when more steps than this were skipped, on all ranks together, because a loss
+            or a gradient was not finite.
+        hang_timeout_s: after so many seconds without progress a rank reports who hangs, with stacks, and stops.
+        heartbeat_s: seconds between the signs of life of ranks and of the run's lock.
+        spike_deviations: a loss so many standard deviations above its recent mean is logged with its sample keys;
+            0 = never.
+    """
+
+    max_skipped_steps: int = 10
+    hang_timeout_s: float = 900.0
+    heartbeat_s: float = 5.0
+    spike_deviations: float = 6.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped_steps", "spike_deviations"):
+            _require(getattr(self, name) >= 0, f"faults.{name}={getattr(self, name)}: must not be negative")
+        _require(self.heartbeat_s > 0, f"faults.heartbeat_s={self.heartbeat_s}: must be positive")
+        _require(
+            self.hang_timeout_s > 2 * self.heartbeat_s,
+            f"faults.hang_timeout_s={self.hang_timeout_s}: must be more than twice faults.heartbeat_s",
+        )
 
 
 @dataclass(frozen=True)
@@ -233,6 +294,8 @@ class RunConfig:
         curriculum: text-only → hybrid.
         optimizer: rates and decay.
         checkpoint: when to save.
+        validation: when to validate, and when to stop early.
+        faults: limits for steps that are skipped and ranks that hang.
         deepspeed: a ds_config file: ZeRO stage, communication, precision; never batch size, optimizer or schedule; one
             of the checkout's own (ds_configs/zero1.json) is found from any folder.
         out: the run's folder.
@@ -250,6 +313,8 @@ class RunConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     deepspeed: Path = Path("ds_configs/zero0.json")
     out: Path = Path("runs/llara")
     seed: int = 0

@@ -1,8 +1,15 @@
-"""The one error type for what a user can mend; the command line turns it into one line and exit code 2."""
+"""What ends a command early: what a user can mend (exit code 2), a request to stop (75), a lost rank (70)."""
 
 from __future__ import annotations
 
 from typing import Any
+
+EXIT_BAD_INPUT = 2
+"""what the user can correct"""
+EXIT_RANK_LOST = 70
+"""another rank died or hung (sysexits.h: EX_SOFTWARE)"""
+EXIT_REQUEUE = 75
+"""stopped on request with a checkpoint written: start again and it goes on (sysexits.h: EX_TEMPFAIL)"""
 
 
 class InputError(ValueError):
@@ -20,3 +27,11 @@ class InputError(ValueError):
         super().__init__(message)
         self.everywhere = everywhere
         self.result = result
+
+
+class RequeueError(RuntimeError):
+    """The run was told to stop, has written its checkpoint, and goes on when started again: exit code 75."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank died or hung; the message says which, at what step and phase: exit code 70."""

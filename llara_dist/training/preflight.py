@@ -8,6 +8,7 @@ from typing import Any
 from llara_dist.config import RunConfig
 from llara_dist.data.tokenizer import load_tokenizer, tokenizer_hash
 from llara_dist.distributed import World
+from llara_dist.ds_config import read_ds_config
 from llara_dist.errors import InputError
 from llara_dist.model.llama import read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
@@ -17,7 +18,6 @@ from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world
 from llara_dist.training import debug
 from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
-from llara_dist.training.engine import read_ds_config
 
 
 @dataclass(frozen=True)

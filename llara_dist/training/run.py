@@ -13,6 +13,7 @@ import torch
 from llara_dist import __version__
 from llara_dist.config import RunConfig, to_dict
 from llara_dist.distributed import World, node_ranks
+from llara_dist.ds_config import zero_stage
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json, write_json
 from llara_dist.model.hybrid import build_hybrid_llama
@@ -22,7 +23,7 @@ from llara_dist.stream.locations import absolute_location, is_remote
 from llara_dist.stream.lookahead import start_lookahead
 from llara_dist.training.checkpoint import Checkpoint, load_moments, load_parameters, save_checkpoint
 from llara_dist.training.curriculum import Curriculum
-from llara_dist.training.engine import Engine, zero_stage
+from llara_dist.training.engine import Engine
 from llara_dist.training.preflight import Inputs
 from llara_dist.training.schedule import learning_rate
 

@@ -178,7 +178,7 @@ def test_another_run_is_not_resumed(short: RunConfig, change: dict, message: str
 def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
     """What a notebook does: the process group of the first run is gone when the second begins."""
     code = (
-        "import sys; from pathlib import Path; from llara_dist.training.loop import train; "
+        "import sys; from pathlib import Path; from llara_dist.tuning import train; "
         "from tests.runs import run_config; "
         "[train(run_config(Path(sys.argv[1]), Path(sys.argv[2]) / name, 'zero2', max_steps=2)) for name in 'ab']"
     )

@@ -183,7 +183,7 @@ def test_debug_removes_only_what_debug_made(capsys, inputs: Path, tmp_path: Path
 
 
 def test_ds_configs_of_the_checkout_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llara_dist.training.engine import read_ds_config, zero_stage
+    from llara_dist.ds_config import read_ds_config, zero_stage
 
     monkeypatch.chdir(tmp_path)
     assert zero_stage(read_ds_config(Path("ds_configs/zero2.json"))) == 2

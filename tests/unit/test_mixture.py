@@ -89,7 +89,7 @@ def test_a_weight_of_a_half_takes_two_epochs_a_pass(root):
 
 def test_a_run_trains_and_is_evaluated_on_it(root, inputs, tmp_path):
     from llara_dist.evaluation.evaluate import evaluate
-    from llara_dist.training.loop import train
+    from llara_dist.tuning import train
 
     config = run_config(inputs, tmp_path / "run", shards=str(root / "mix"), max_steps=3, max_tokens_per_microbatch=1500)
     config = dataclasses.replace(config, recommender=dataclasses.replace(config.recommender, path=root / "joined"))

@@ -127,7 +127,7 @@ def test_a_mixture_of_a_folder_and_a_url(local, server, tmp_path, inputs):
 
 
 def test_a_run_on_a_url_is_the_run_on_the_folder(inputs, tmp_path):
-    from llara_dist.training.loop import train
+    from llara_dist.tuning import train
 
     with serving(inputs / "shards") as server:
         remote = run_config(inputs, tmp_path / "remote", shards=server.url, max_steps=4)

@@ -14,13 +14,16 @@ PACKAGE = Path(__file__).parents[2] / "llara_dist"
 FOUNDATION = {"errors", "hashing", "integrity", "console"}
 ORDER = [
     "config",
+    "ds_config",
     "distributed",
     "data",
     "recommenders",
     "stream",
     "model",
+    "cost",
     "training",
     "evaluation",
+    "tuning",
     "quickstart",
     "cli",
 ]
