@@ -9,6 +9,7 @@ if [ "${1:-}" = "--all" ]; then
     shift
     select=(-m "not gpu or gpu")
 fi
-# One thread a process, two processes: faster on small models than two threads.
+# One thread a process, two processes: faster on small models than two threads. A file's tests stay in one process,
+# because they share what its fixtures made.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec .venv/bin/python -m pytest -n "${LLARA_DIST_TEST_PROCESSES:-2}" "${select[@]}" "$@"
+exec .venv/bin/python -m pytest -n "${LLARA_DIST_TEST_PROCESSES:-2}" --dist loadfile "${select[@]}" "$@"

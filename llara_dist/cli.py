@@ -11,7 +11,15 @@ from typing import Any
 
 from llara_dist import __version__
 from llara_dist.distributed import read_world
-from llara_dist.errors import InputError
+from llara_dist.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_RANK_LOST,
+    EXIT_REQUEUE,
+    InputError,
+    RankLostError,
+    RequeueError,
+    RunFailedError,
+)
 
 
 @dataclass(frozen=True)
@@ -208,18 +216,22 @@ def run_command(name: str, arguments: list[str]) -> None:
         print(json.dumps(result), flush=True)
 
 
-def report(error: InputError) -> None:
-    """Print the one line of an error: once a node where every rank found the same."""
+def report(error: InputError, what: str = "error") -> None:
+    """Print the one line of what ended the command: once a node where every rank found the same."""
     try:
         local_rank = read_world().local_rank
     except InputError:
         local_rank = 0
     if local_rank == 0 or not error.everywhere:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{what}: {error}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exit code 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run one command.
+
+    Exit codes: 0; 2 bad input, one line on stderr; 1 the run failed where no restart helps; 70 another rank died or
+    hung; 75 stopped on request after a checkpoint, start it again; 130 interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(overview())
@@ -236,10 +248,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_command(*find_command(given))
     except InputError as error:
         report(error)
-        sys.exit(2)
+        sys.exit(EXIT_BAD_INPUT)
     except OSError as error:
         report(InputError(f"{error.filename or given[0]}: {error.strerror or error}", everywhere=False))
-        sys.exit(2)
+        sys.exit(EXIT_BAD_INPUT)
+    except RequeueError as stop:
+        report(InputError(str(stop)), "stopped")
+        sys.exit(EXIT_REQUEUE)
+    except RankLostError as error:
+        report(InputError(str(error), everywhere=False))
+        sys.exit(EXIT_RANK_LOST)
+    except RunFailedError as error:
+        report(InputError(str(error)))
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

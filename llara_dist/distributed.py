@@ -146,15 +146,13 @@ def shut_down() -> None:
         deepspeed.comm.destroy_process_group()
 
 
-def all_sum(values: list[float], device: torch.device) -> list[float]:
-    """Sum float64 values over all ranks; one collective, the same result on each."""
-    import torch
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place; one collective, the same result on each."""
     import torch.distributed
 
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+    return tensor
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -35,3 +35,7 @@ class RequeueError(RuntimeError):
 
 class RankLostError(RuntimeError):
     """Another rank died or hung; the message says which, at what step and phase: exit code 70."""
+
+
+class RunFailedError(RuntimeError):
+    """The run ended where no restart would help by itself, on every rank: one line and exit code 1."""

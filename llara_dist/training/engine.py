@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llara_dist import distributed
 from llara_dist.config import OptimizerConfig
+from llara_dist.ds_config import zero_stage
 from llara_dist.errors import InputError
 from llara_dist.hashing import hash64, text_seed
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.loader import Step
+from llara_dist.training.optimizer_state import forget_moments
+from llara_dist.training.phases import Phases
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave.
+    """What one optimizer step gave; the same on every rank.
 
     Attributes:
-        loss: summed answer cross-entropy ÷ answer tokens of the global step, in nats.
-        grad_norm: global gradient norm before clipping; None where DeepSpeed does not report it (stage 0).
+        loss: summed answer cross-entropy ÷ answer tokens of the global step, in nats; not finite only where skipped.
+        grad_norm: global gradient norm before clipping; None where the step was skipped.
+        skipped: whether loss or gradients were not finite, so that nothing was updated.
+        stop: whether any rank was asked to stop.
+        suspects: where skipped, the keys of the samples in whose micro-batches it began, of all ranks.
     """
 
     loss: float
     grad_norm: float | None
+    skipped: bool = False
+    stop: bool = False
+    suspects: tuple[int, ...] = ()
 
 
 class Engine:
@@ -66,6 +78,10 @@ class Engine:
             {"params": list(model.projector_parameters().values()), "weight_decay": optimizer.projector_weight_decay},
         ]
         self._decay = [group["weight_decay"] for group in groups]
+        self._stage = zero_stage(ds_config)
+        # Turns NaN for good, within a step, when a gradient that is not finite comes by; see `_watch_gradients`.
+        self._gradient_check = torch.zeros((), dtype=torch.float32, device=device)
+        self.phases = Phases(device)
         adamw = torch.optim.AdamW(
             groups, lr=optimizer.lora_lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon
         )
@@ -92,50 +108,105 @@ class Engine:
             field = ".".join(str(part) for part in first["loc"])
             raise InputError(f"ds_config: zero_optimization.{field}: {first['msg']}") from None
         self._engine.train()
+        self._watch_gradients()
 
     @property
     def optimizer(self) -> Any:
         """DeepSpeed's optimizer; `optimizer_state` reads and writes its moments."""
         return self._optimizer
 
-    def train_step(self, step: Step, lora_lr: float, projector_lr: float) -> StepResult:
+    def train_step(self, step: Step, lora_lr: float, projector_lr: float, stop: bool = False) -> StepResult:
         """One optimizer step: every micro-batch forward and backward, one reduction, one update.
 
         A micro-batch's loss is its summed answer loss × world size ÷ answer tokens of the global step: DeepSpeed
         averages gradients over ranks, which cancels the world size.
 
+        Before the update the ranks agree, in one collective and one host synchronisation, on the loss, on whether every
+        gradient was finite, and on whether to stop. Where loss or a gradient was not finite nobody updates anything.
+
         Args:
             step: this rank's micro-batches; equally many on every rank.
             lora_lr: rate of the adapters.
-            projector_lr: rate of the projector; 0 holds it exactly still (decay is off too).
-
-        Raises:
-            FloatingPointError: the loss is not finite, on every rank, before anything is updated.
+            projector_lr: rate of the projector; 0 holds it exactly still (decay is off too) and keeps its moments
+                fresh: Adam's step count would go on while nothing moves, its bias corrections would be spent, and
+                the first updates after 1,000 idle steps would reach five times the rate.
+            stop: whether this rank was asked to stop.
         """
         for group, rate, decay in zip(self._optimizer.param_groups, (lora_lr, projector_lr), self._decay, strict=True):
             group["lr"], group["weight_decay"] = rate, decay if rate > 0 else 0.0
+        self._gradient_check.zero_()
+        self.phases.begin()
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
-        total = math.nan
+        trail: list[Tensor] = []
+        agreed, finite = [math.nan] * 3, False
+        norm: Tensor | float | None = None
         last = len(step.microbatches) - 1
         for index, batch in enumerate(step.microbatches):
+            self.phases.enter("forward", step.index, index, batch.keys)
             self._reseed(step.index, index)
             loss = self._engine(batch.to(self.device))
             summed += loss.detach()
-            if index == last:
-                # Before the update, and the same on every rank: one that is not finite makes the sum so.
-                total = distributed.all_sum([float(summed)], self.device)[0]
-                if not math.isfinite(total):
-                    keys = ", ".join(str(key) for key in step.keys)
-                    raise FloatingPointError(
-                        f"step {step.index}: the loss is {total}; nothing was updated or saved. Sample keys: {keys}. "
-                        "Lower optimizer.lora_lr and projector_lr, or look at these samples with `shards inspect`"
-                    )
+            self.phases.enter("backward", step.index, index, batch.keys)
             self._engine.set_gradient_accumulation_boundary(index == last)
             self._engine.backward(loss * (self.world.size / step.answer_tokens))
-            self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(loss=total / step.answer_tokens, grad_norm=None if norm is None else float(norm))
+            trail.append(summed + self._gradient_check)
+            self.phases.enter("step", step.index, index, batch.keys)
+            if index < last:
+                self._engine.step()
+                continue
+            if self._stage == 0:  # the other stages report their own
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+            agreed = distributed.sum_tensor(
+                torch.stack([summed, self._gradient_check.double(), torch.full_like(summed, float(stop))])
+            ).tolist()
+            finite = math.isfinite(agreed[0] + agreed[1])
+            with contextlib.nullcontext() if finite else self._no_update():
+                self._engine.step()
+        if projector_lr == 0:
+            forget_moments(self._optimizer, self.model.projector_parameters())
+        self.phases.leave()
+        if self._stage > 0:
+            norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            loss=agreed[0] / step.answer_tokens,
+            grad_norm=float(norm) if norm is not None and finite else None,
+            skipped=not finite,
+            stop=agreed[2] > 0,
+            suspects=() if finite else _suspects(step, trail),
+        )
+
+    def _watch_gradients(self) -> None:
+        """Let every gradient leave a mark if it is not finite, before DeepSpeed reduces, partitions or casts it.
+
+        Hooks on the parameters see the same under every stage; what DeepSpeed itself does with such a gradient depends
+        on stage, precision and version.
+        """
+
+        def mark(gradient: Tensor) -> None:
+            self._gradient_check.add_(gradient.detach().sum(dtype=torch.float32), alpha=0.0)  # 0 · inf = 0 · nan = nan
+
+        for parameter in self.parameters.values():
+            parameter.register_hook(mark)
+
+    @contextlib.contextmanager
+    def _no_update(self) -> Iterator[None]:
+        """DeepSpeed's step runs through (norm, clearing of gradients, gathering), AdamW's update inside it does not."""
+        inner: Any = self._optimizer
+        inner = inner if isinstance(inner, torch.optim.Optimizer) else inner.optimizer
+        update = inner.step
+        inner.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            inner.step = update
 
     def _reseed(self, step: int, microbatch: int) -> None:
         """Dropout is a function of (seed, step, rank, micro-batch), so that a resumed step repeats exactly."""
         torch.manual_seed(int(hash64(text_seed("dropout"), self.seed, step, self.world.rank, microbatch)) >> 1)
+
+
+def _suspects(step: Step, trail: list[Tensor]) -> tuple[int, ...]:
+    """Keys of the samples in the first micro-batch of each rank after which something was not finite; a collective."""
+    finite = torch.isfinite(torch.stack(trail)).tolist()
+    mine = [] if all(finite) else step.microbatches[finite.index(False)].keys.tolist()
+    return tuple(key for keys in distributed.gather_objects(mine) for key in keys)

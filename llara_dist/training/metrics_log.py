@@ -80,8 +80,9 @@ class MetricsLog:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"train/{name}", value, row["step"])
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         text = (
-            f"loss {row['loss']:.4f}  p {row['p']:.3f} (realised {row['hybrid_share']:.3f})  lr {row['lora_lr']:.2e}  "
+            f"loss {loss}  p {row['p']:.3f} (realised {row['hybrid_share']:.3f})  lr {row['lora_lr']:.2e}  "
             f"{row['samples_per_s']:.1f} samples/s  {row['tokens_per_s']:.0f} tokens/s  "
             f"padding {row['padding_share']:.1%}  {row['memory_mib']:.0f} MiB"
         )

@@ -127,3 +127,17 @@ def _write_fragment(optimizer: Any, parameter: nn.Parameter, stage: int, local: 
         rank = torch.distributed.get_rank()
         mine = values[rank * length : (rank + 1) * length]  # the last partition may be padded
         local.narrow(0, offset, mine.numel()).copy_(mine)
+
+
+def forget_moments(optimizer: Any, parameters: dict[str, nn.Parameter]) -> None:
+    """Set the parameters' moments and step count back to where AdamW begins; no collective.
+
+    Under stages 1 to 3 the flat tensors that hold the parameters must hold no others: call it for a whole parameter
+    group.
+    """
+    inner = _inner(optimizer)
+    flats = {id(flat): flat for flat in (_flat(optimizer, p, _stage(p)) for p in parameters.values())}
+    for flat in flats.values():
+        for value in inner.state.get(flat, {}).values():
+            if isinstance(value, Tensor):
+                value.zero_()

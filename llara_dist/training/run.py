@@ -24,6 +24,7 @@ from llara_dist.stream.lookahead import start_lookahead
 from llara_dist.training.checkpoint import Checkpoint, load_moments, load_parameters, save_checkpoint
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
+from llara_dist.training.faults import Faults
 from llara_dist.training.preflight import Inputs
 from llara_dist.training.schedule import learning_rate
 
@@ -40,6 +41,7 @@ class Run:
         first_step: 0, or where the checkpoint left off.
         total_steps: T.
         contract: what must not change between a start and its resumption.
+        faults: what went wrong so far.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class Run:
     first_step: int
     total_steps: int
     contract: dict[str, Any]
+    faults: Faults
 
     def rates(self, step: int) -> tuple[float, float]:
         """Learning rates of LoRA and projector at a step; the projector's is 0 while p = 0.
@@ -71,8 +74,13 @@ class Run:
             "config": to_dict(absolute(self.config)),
             "world_size": self.engine.world.size,
             "versions": versions(),
+            "progress": {"skipped_steps": self.faults.skipped},
         }
         save_checkpoint(self.config.out / "checkpoints", self.engine, state, self.config.checkpoint.keep_last)
+
+    def log_due(self, step: int) -> bool:
+        """Whether a step gets a line in the log."""
+        return step % self.config.log_every_steps == 0 or step + 1 == self.total_steps
 
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint is written after `done` steps."""
@@ -184,4 +192,6 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
     )
-    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, contract)
+    progress = inputs.checkpoint.state.get("progress", {}) if inputs.checkpoint is not None else {}
+    faults = Faults(config.faults, config.out, progress.get("skipped_steps", 0), world.is_main)
+    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, contract, faults)

@@ -31,7 +31,7 @@ def _enter(function: Callable[..., Any], rank: int, size: int, folder: Path, arg
         raise
 
 
-def run_ranks(function: Callable[..., Any], size: int, folder: Path, *arguments: Any, timeout_s: float = 240.0) -> None:
+def run_ranks(function: Callable[..., Any], size: int, folder: Path, *arguments: Any, timeout_s: float = 600.0) -> None:
     """Call `function(*arguments)` in `size` processes that see each other as ranks; raise if any fails.
 
     Args:
