@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llara_dist import __version__
 from llara_dist.config import RunConfig, to_dict
 from llara_dist.distributed import World, node_ranks
 from llara_dist.ds_config import zero_stage
-from llara_dist.errors import InputError
-from llara_dist.integrity import sha256_json, write_json
+from llara_dist.integrity import write_json
 from llara_dist.model.hybrid import build_hybrid_llama
-from llara_dist.model.llama import base_fingerprint
 from llara_dist.stream.loader import StepLoader
 from llara_dist.stream.locations import absolute_location, is_remote
 from llara_dist.stream.lookahead import start_lookahead
-from llara_dist.training.checkpoint import Checkpoint, load_moments, load_parameters, save_checkpoint
+from llara_dist.training.checkpoint import load_moments, load_parameters, save_checkpoint
+from llara_dist.training.contract import check_contract, contract_of, versions
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
 from llara_dist.training.faults import Faults
@@ -88,14 +85,6 @@ class Run:
         return done == self.total_steps or (every > 0 and done % every == 0)
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that a result depends on."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
-    return {"llara_dist": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
-
-
 def absolute(config: RunConfig) -> RunConfig:
     """The same run with its local inputs named from the root, so that it is found again from any folder."""
     model = config.model
@@ -110,45 +99,13 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
-def contract_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """What the course of a run depends on beside the state that a checkpoint carries."""
-    sections = to_dict(config)
-    return {
-        "plan": inputs.plan.hash,
-        "total_steps": inputs.total_steps,
-        "seed": config.seed,
-        "base_model": base_fingerprint(config.model),
-        "item_table": sha256_json(inputs.item_table.info["files"]),
-        "bits": config.model.bits,
-        "lora": sections["lora"],
-        "projector": sections["projector"],
-        "curriculum": sections["curriculum"],
-        "optimizer": sections["optimizer"],
-    }
-
-
-def check_contract(checkpoint: Checkpoint, contract: dict[str, Any]) -> None:
-    """A resumed run must be the one that was stopped.
-
-    Raises:
-        InputError: names the first part that differs.
-    """
-    saved = checkpoint.state["contract"]
-    for name, value in contract.items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"{checkpoint.path}: cannot go on from it: {name} was {saved.get(name)!r}, now {value!r}; "
-                "give the settings of the first start, or another --out"
-            )
-
-
 def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.device) -> Run:
     """Load the model, restore the checkpoint if there is one, and stand at the first step to run.
 
     Raises:
         InputError: a weight does not load, or the checkpoint belongs to another run.
     """
-    contract = contract_of(config, inputs)
+    contract = contract_of(config, inputs.plan, inputs.item_table, inputs.total_steps)
     if inputs.checkpoint is not None:
         check_contract(inputs.checkpoint, contract)
     if world.is_main:
