@@ -40,6 +40,7 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    checkpoint: Literal["last", "best"] = "last",
     shards: str | None = None,
     source: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -61,18 +62,19 @@ def evaluate(
         limit: evaluate only the first rows by key; 0 = all.
         batch_size: rows a rank computes at once.
         max_new_tokens: the longest answer, EOS included.
+        checkpoint: of a run's folder the newest complete checkpoint, or the best by validation.
         shards: the run's shards, if they no longer lie where it was trained.
         source: of a run on a mixture, the data set whose rows are evaluated; all by default.
         device: auto, cpu or cuda.
         out: folder for predictions.parquet and metrics.json, which replaces an earlier evaluation but nothing else;
-            default RUN/evaluation/SPLIT-FORM[-SOURCE].
+            default RUN/evaluation/SPLIT-FORM[-SOURCE][-best].
 
     Returns:
         metrics.json: "valid_ratio", "hr@1" (over all rows), "hr@1_valid" (over valid rows), "protocols", "ranking"
         by "total" and "per_token" log-likelihood, "timing" and what it was measured on.
 
     Raises:
-        InputError: bad arguments, no complete checkpoint, or shards, model and recommender that do not fit.
+        InputError: bad arguments, no complete or no best checkpoint, or shards, model and recommender that do not fit.
     """
     if batch_size < 1 or max_new_tokens < 1 or limit < 0:
         raise InputError(
@@ -85,7 +87,7 @@ def evaluate(
         check_replaceable(Path(out))
     world = distributed.read_world()
     target_device = distributed.pick_device(device, world)
-    trained = load_trained(Path(run), target_device)
+    trained = load_trained(Path(run), target_device, checkpoint)
     config = trained.config
     if shards is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
@@ -115,6 +117,7 @@ def evaluate(
             distributed.shut_down()
     result = {
         "run": str(run),
+        "checkpoint": checkpoint,
         "step": trained.checkpoint.step,
         "split": split,
         "form": "hybrid" if hybrid else "text",
@@ -127,7 +130,7 @@ def evaluate(
         "timing": timing | {"ranks": world.size, "batch_size": batch_size, "device": target_device.type},
     }
     if world.is_main:
-        folder = Path(out) if out is not None else default_folder(Path(run), split, hybrid, limit, source)
+        folder = Path(out) if out is not None else default_folder(Path(run), split, hybrid, limit, source, checkpoint)
         with staged_folder(folder, replace=True) as staging:
             write_predictions(staging / "predictions.parquet", predictions)
             write_json(staging / "metrics.json", result)
@@ -174,9 +177,12 @@ def form_is_hybrid(form: Literal["auto", "hybrid", "text"], config: RunConfig) -
     return not (config.curriculum.schedule == "constant" and config.curriculum.probability == 0.0)
 
 
-def default_folder(run: Path, split: str, hybrid: bool, limit: int, source: str | None = None) -> Path:
+def default_folder(
+    run: Path, split: str, hybrid: bool, limit: int, source: str | None = None, checkpoint: str = "last"
+) -> Path:
     """Where results go unless told: beside the checkpoints, never inside one, partial results apart from whole ones."""
     name = f"{split}-{'hybrid' if hybrid else 'text'}" + (f"-{source}" if source else "")
+    name += "-best" if checkpoint == "best" else ""
     if (run / "complete.json").is_file():
         name, run = f"{name}-{run.name}", run.parent.parent
     return run / "evaluation" / (f"{name}-first-{limit}" if limit else name)

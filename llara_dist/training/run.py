@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.stream.loader import StepLoader
 from llara_dist.stream.locations import absolute_location, is_remote
 from llara_dist.stream.lookahead import start_lookahead
-from llara_dist.training.checkpoint import load_moments, load_parameters, save_checkpoint
-from llara_dist.training.contract import check_contract, contract_of, versions
+from llara_dist.training.best import Score
+from llara_dist.training.checkpoint import load_moments, load_parameters
+from llara_dist.training.checkpoint_writer import CheckpointWriter, SaveTimes
+from llara_dist.training.contract import check_contract, contract_of
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
 from llara_dist.training.faults import Faults
 from llara_dist.training.preflight import Inputs
+from llara_dist.training.provenance import provenance
 from llara_dist.training.schedule import learning_rate
 
 
@@ -37,8 +41,9 @@ class Run:
         loader: this rank's steps from `first_step` on.
         first_step: 0, or where the checkpoint left off.
         total_steps: T.
-        contract: what must not change between a start and its resumption.
         faults: what went wrong so far.
+        origin: where the run comes from, as its checkpoints tell it.
+        writer: of checkpoints.
     """
 
     config: RunConfig
@@ -47,8 +52,9 @@ class Run:
     loader: StepLoader
     first_step: int
     total_steps: int
-    contract: dict[str, Any]
     faults: Faults
+    origin: dict[str, Any]
+    writer: CheckpointWriter
 
     def rates(self, step: int) -> tuple[float, float]:
         """Learning rates of LoRA and projector at a step; the projector's is 0 while p = 0.
@@ -62,18 +68,24 @@ class Run:
         )
         return lora, projector if self.curriculum.probability(step) > 0 else 0.0
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint after `done` optimizer steps; every rank calls it."""
+    def save(self, done: int, best: Score | None = None) -> SaveTimes:
+        """Save the run after `done` optimizer steps; every rank calls it. The last save waits and must succeed.
+
+        Args:
+            done: optimizer steps.
+            best: what validation gave after them, where it was the best so far.
+
+        Raises:
+            InputError: the last checkpoint could not be written.
+        """
         state = {
             "step": done,
             "total_steps": self.total_steps,
-            "contract": self.contract,
-            "config": to_dict(absolute(self.config)),
-            "world_size": self.engine.world.size,
-            "versions": versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "progress": {"skipped_steps": self.faults.skipped},
+            **self.origin,
         }
-        save_checkpoint(self.config.out / "checkpoints", self.engine, state, self.config.checkpoint.keep_last)
+        return self.writer.save(self.engine, state, best, required=done == self.total_steps)
 
     def log_due(self, step: int) -> bool:
         """Whether a step gets a line in the log."""
@@ -149,6 +161,9 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
     )
-    progress = inputs.checkpoint.state.get("progress", {}) if inputs.checkpoint is not None else {}
+    progress = inputs.checkpoint.progress if inputs.checkpoint is not None else {}
     faults = Faults(config.faults, config.out, progress.get("skipped_steps", 0), world.is_main)
-    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, contract, faults)
+    origin = provenance(to_dict(absolute(config)), inputs, contract, world, device)
+    saving = config.checkpoint
+    writer = CheckpointWriter(config.out / "checkpoints", saving.keep_last, saving.asynchronous)
+    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, faults, origin, writer)

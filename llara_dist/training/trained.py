@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,14 @@ from llara_dist.integrity import sha256_json
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.model.llama import base_fingerprint
 from llara_dist.recommenders.item_table import load_item_table
-from llara_dist.training.checkpoint import Checkpoint, load_parameters, newest_checkpoint, open_checkpoint
+from llara_dist.training.checkpoint import (
+    MARKER,
+    Checkpoint,
+    best_checkpoint,
+    load_parameters,
+    newest_checkpoint,
+    open_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -31,23 +39,18 @@ class Trained:
     checkpoint: Checkpoint
 
 
-def load_trained(run: Path, device: torch.device) -> Trained:
-    """Load the newest complete checkpoint of a run, or one checkpoint given by its own folder.
+def load_trained(run: Path, device: torch.device, which: Literal["last", "best"] = "last") -> Trained:
+    """Load a checkpoint of a run, or one checkpoint given by its own folder.
 
     Args:
         run: a run's folder, or RUN/checkpoints/step-00001234.
         device: where it computes.
+        which: of a run's checkpoints the newest complete one, or the best by validation.
 
     Raises:
-        InputError: no complete checkpoint, or base model or item table are not those of the run.
+        InputError: no complete or no best checkpoint, or base model or item table are not those of the run.
     """
-    if (run / "complete.json").is_file():
-        checkpoint = open_checkpoint(run)
-    else:
-        found = newest_checkpoint(run / "checkpoints")
-        if found is None:
-            raise InputError(f"{run}: holds no complete checkpoint; expected a folder made by `llara-dist train`")
-        checkpoint = found
+    checkpoint = find_checkpoint(run, which)
     config = run_config_from_dict(checkpoint.state["config"])
     contract = checkpoint.state["contract"]
     item_table = load_item_table(config.recommender.path)
@@ -58,3 +61,20 @@ def load_trained(run: Path, device: torch.device) -> Trained:
     model = build_hybrid_llama(config.model, config.lora, config.projector, item_table.weight, device, config.seed)
     load_parameters(model, checkpoint)
     return Trained(model.eval(), config, checkpoint)
+
+
+def find_checkpoint(run: Path, which: Literal["last", "best"] = "last") -> Checkpoint:
+    """The checkpoint that a run's folder, or the checkpoint's own, stands for.
+
+    Raises:
+        InputError: there is none, or the best is asked of one checkpoint's own folder.
+    """
+    if (run / MARKER).is_file():
+        if which == "best":
+            raise InputError(f"{run}: is one checkpoint already; give the run's folder for --checkpoint best")
+        return open_checkpoint(run)
+    folder = run / "checkpoints"
+    found = newest_checkpoint(folder) if which == "last" else best_checkpoint(folder) if folder.is_dir() else None
+    if found is None:
+        raise InputError(f"{run}: holds no complete checkpoint; expected a folder made by `llara-dist train`")
+    return found
