@@ -242,12 +242,12 @@ def rotate(folder: Path, newest: Path, keep_last: int) -> None:
             kept.add(path)
     for path in checkpoint_folders(folder):
         if path not in kept:
-            shutil.rmtree(path)
+            os.replace(path, path.with_name(f".{path.name}.removed"))  # half-removed it would look damaged
     remove_leftovers(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left half-written, on whatever machine: this one is alone by the run's lock."""
+    """Remove what killed writers left half-written or half-removed, on whatever machine: by the lock we are alone."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
     for path in folder.glob(f".{BEST}.*.staging"):

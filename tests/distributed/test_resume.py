@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llara_dist.config import CheckpointConfig, LoraConfig, RunConfig
+from llara_dist import __version__
+from llara_dist.config import CheckpointConfig, LoraConfig, RunConfig, run_config_from_dict
+from llara_dist.ds_config import read_ds_config
 from llara_dist.errors import InputError
-from llara_dist.training.checkpoint import newest_checkpoint, open_checkpoint, rotate
+from llara_dist.training.checkpoint import newest_checkpoint, open_checkpoint
 from llara_dist.training.metrics_log import read_metrics
+from tests.distributed.checkpoints import (
+    load_and_save,
+    save_where_the_projector_began_late,
+    train_on_a_disk_that_fills,
+)
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import train_all, train_until
 from tests.runs import ROOT, run_config
@@ -82,26 +92,81 @@ def test_killed_in_mid_step_and_resumed_is_bit_for_bit(inputs: Path, tmp_path: P
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(("zero3", 2), ("zero1", 3)), (("zero2", 3), ("zero0", 1)), (("zero0", 1), ("zero3", 3))]
-)
-def test_resume_on_another_world_and_stage(
-    inputs: Path, tmp_path: Path, first: tuple[str, int], second: tuple[str, int]
+MOVED_STEPS = 26
+"""of a run that is saved on two ranks after eleven of them, before its first epoch ends"""
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run left alone, on one rank."""
+    config = run_config(inputs, tmp_path_factory.mktemp("whole") / "run", max_steps=MOVED_STEPS)
+    run_ranks(train_all, 1, config.out.parent / "ranks", [config])
+    return config
+
+
+@pytest.fixture(scope="module")
+def stopped(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The same run on two ranks under ZeRO-3, stopped after eleven steps."""
+    config = run_config(inputs, tmp_path_factory.mktemp("stopped") / "run", "zero3", max_steps=MOVED_STEPS)
+    run_ranks(train_until, 2, config.out.parent / "ranks", config, 11)
+    return config
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("zero2", 1), ("zero3", 3), ("zero1", 4)])
+def test_saved_on_two_ranks_and_resumed_on_another_world_and_stage(
+    inputs: Path, tmp_path: Path, whole: RunConfig, stopped: RunConfig, stage: str, ranks: int
 ) -> None:
-    whole = run_config(inputs, tmp_path / "whole", max_steps=STEPS)
-    run_ranks(train_all, 1, tmp_path / "ranks-whole", [whole])
-    out = tmp_path / "moved"
-    run_ranks(train_until, first[1], tmp_path / "ranks-first", run_config(inputs, out, first[0], max_steps=STEPS), 17)
-    resumed = dataclasses.replace(run_config(inputs, out, second[0], max_steps=STEPS), resume="auto")
-    run_ranks(train_all, second[1], tmp_path / "ranks-second", [resumed])
+    out = shutil.copytree(stopped.out, tmp_path / "moved")
+    resumed = dataclasses.replace(run_config(inputs, out, stage, max_steps=MOVED_STEPS), resume="auto")
+    run_ranks(train_all, ranks, tmp_path / "ranks", [resumed])
     expected = {row["step"]: row["loss"] for row in read_metrics(whole.out / "metrics.jsonl")}
     found = {row["step"]: row["loss"] for row in read_metrics(out / "metrics.jsonl")}
-    assert sorted(found) == list(range(17, STEPS))
+    assert sorted(found) == list(range(11, MOVED_STEPS))
     for step, loss in found.items():
         assert loss == pytest.approx(expected[step], rel=1e-5), step
-    theirs, ours = (load_file(final(run) / "optimizer.safetensors") for run in (whole.out, out))
+    theirs, ours = (
+        load_file(run / "checkpoints" / f"step-{MOVED_STEPS:08d}" / "optimizer.safetensors") for run in (whole.out, out)
+    )
+    assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
         assert (ours[name] - value).norm() / value.norm().clamp_min(1e-12) < 1e-4, name
+
+
+def test_every_stage_gives_back_what_it_was_given(inputs: Path, tmp_path: Path) -> None:
+    """Masters, moments and each parameter's own count of updates, loaded and saved at once, on other ranks."""
+    first = run_config(inputs, tmp_path / "first", "zero2", max_steps=STEPS)
+    run_ranks(save_where_the_projector_began_late, 2, tmp_path / "ranks-first", first)
+    given = load_file(first.out / "checkpoints" / "step-00000003" / "optimizer.safetensors")
+    counts = {name: float(value) for name, value in given.items() if name.startswith("step/")}
+    assert set(counts.values()) == {3.0, 1.0}
+    assert all(count == (1.0 if name.startswith("step/projector.") else 3.0) for name, count in counts.items())
+    configs = [
+        dataclasses.replace(
+            run_config(inputs, shutil.copytree(first.out, tmp_path / stage), stage, max_steps=STEPS), resume="auto"
+        )
+        for stage in ("zero0", "zero1", "zero2", "zero3")
+    ]
+    run_ranks(load_and_save, 3, tmp_path / "ranks-second", configs)
+    for config in configs:
+        found = load_file(config.out / "again" / "step-00000003" / "optimizer.safetensors")
+        assert found.keys() == given.keys()
+        different = [name for name, value in given.items() if not torch.equal(found[name], value)]
+        assert not different, (config.out.name, different)
+
+
+@pytest.mark.parametrize(("fails", "must_fail", "kept"), [({2}, False, [4, 6]), ({4, 6}, True, [2])])
+def test_a_full_disk_ends_the_run_on_every_rank_only_if_nothing_is_saved_at_its_end(
+    inputs: Path, tmp_path: Path, fails: set[int], must_fail: bool, kept: list[int]
+) -> None:
+    config = run_config(inputs, tmp_path / "run", "zero1", max_steps=6)
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=2, keep_last=2))
+    run_ranks(train_on_a_disk_that_fills, 2, tmp_path / "ranks", config, fails, must_fail)
+    folder = config.out / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in kept]
+    told = [(config.out / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert ("step 6 was not written" in told[0]) == must_fail
+    assert ("the run is safe up to step 2" in told[0]) == must_fail
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +177,27 @@ def short(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=2, keep_last=2))
     run_ranks(train_all, 1, out.parent / "ranks", [config])
     return config
+
+
+def test_a_run_is_told_from_its_checkpoint(short: RunConfig, inputs: Path) -> None:
+    state = json.loads((short.out / "checkpoints" / "step-00000008" / "state.json").read_text())
+    shards = json.loads((inputs / "shards" / "shards.json").read_text())
+    assert (state["format_version"], state["step"], state["total_steps"], state["world_size"]) == (1, 8, 8, 1)
+    assert datetime.fromisoformat(state["created"]).utcoffset() == timedelta(0)
+    assert run_config_from_dict(state["config"]) == short
+    assert state["ds_config"] == read_ds_config(short.deepspeed)
+    assert state["data"] == {
+        "shards": shards["hash"],
+        "plan": state["contract"]["plan"],
+        "dataset": {"name": "small", "hash": shards["dataset"]["hash"]},
+        "tokenizer": shards["tokenizer_hash"],
+        "recommender": "sasrec",
+        "item_table": state["contract"]["item_table"],
+        "base_model": state["contract"]["base_model"],
+    }
+    assert state["code"]["version"] == __version__
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["hosts"] == {socket.gethostname(): {"ranks": 1, "devices": ["cpu"]}}
 
 
 def test_only_the_last_checkpoints_are_kept(short: RunConfig) -> None:
@@ -140,8 +226,6 @@ def test_adapter_loads_in_plain_peft(short: RunConfig, inputs: Path) -> None:
 
 
 def test_damaged_checkpoint_is_passed_over(short: RunConfig, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "checkpoints"
     shutil.copytree(short.out / "checkpoints", folder)
     newest = folder / "step-00000008" / "optimizer.safetensors"
@@ -192,23 +276,7 @@ def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
 
 
-def test_rotation_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
-    for step, complete in ((1, True), (2, True), (3, False), (4, True), (9, False)):
-        (tmp_path / f"step-{step:08d}").mkdir()
-        if complete:
-            (tmp_path / f"step-{step:08d}" / "complete.json").touch()
-    (tmp_path / ".step-00000004.17.staging").mkdir()
-    rotate(tmp_path, tmp_path / "step-00000004", keep_last=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
-    rotate(tmp_path, tmp_path / "step-00000004", keep_last=9)
-    assert len(list(tmp_path.iterdir())) == 2
-    rotate(tmp_path, tmp_path / "step-00000004", keep_last=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-
-
 def test_base_fingerprint_reads_the_files_that_the_index_names(inputs: Path, tmp_path: Path) -> None:
-    import shutil
-
     from llara_dist.config import ModelConfig
     from llara_dist.model.llama import base_fingerprint
 
