@@ -92,8 +92,8 @@ def test_killed_in_mid_step_and_resumed_is_bit_for_bit(inputs: Path, tmp_path: P
     assert losses[0] == losses[1]
 
 
-MOVED_STEPS = 26
-"""of a run that is saved on two ranks after eleven of them, before its first epoch ends"""
+MOVED_STEPS, STOPPED = 18, 6
+"""of a run that goes on elsewhere: all steps, and those before it is stopped"""
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def stopped(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """The same run on two ranks under ZeRO-3, stopped after eleven steps."""
+    """The same run on two ranks under ZeRO-3, stopped early."""
     config = run_config(inputs, tmp_path_factory.mktemp("stopped") / "run", "zero3", max_steps=MOVED_STEPS)
-    run_ranks(train_until, 2, config.out.parent / "ranks", config, 11)
+    run_ranks(train_until, 2, config.out.parent / "ranks", config, STOPPED)
     return config
 
 
@@ -121,7 +121,7 @@ def test_saved_on_two_ranks_and_resumed_on_another_world_and_stage(
     run_ranks(train_all, ranks, tmp_path / "ranks", [resumed])
     expected = {row["step"]: row["loss"] for row in read_metrics(whole.out / "metrics.jsonl")}
     found = {row["step"]: row["loss"] for row in read_metrics(out / "metrics.jsonl")}
-    assert sorted(found) == list(range(11, MOVED_STEPS))
+    assert sorted(found) == list(range(STOPPED, MOVED_STEPS))
     for step, loss in found.items():
         assert loss == pytest.approx(expected[step], rel=1e-5), step
     theirs, ours = (
