@@ -154,6 +154,20 @@ def test_every_stage_gives_back_what_it_was_given(inputs: Path, tmp_path: Path) 
         assert not different, (config.out.name, different)
 
 
+def test_a_run_whose_last_checkpoint_does_not_fit_ends_with_two_and_one_line(inputs: Path, tmp_path: Path) -> None:
+    arguments = [*command(inputs, tmp_path / "run"), "--data.max_steps", "4"]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *arguments]  # KiB; the optimizer's file is larger
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(limited, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
+    folder = tmp_path / "run" / "checkpoints"
+    assert f"{folder}: the checkpoint of step 3 was not written (File too large)" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{folder}: the checkpoint of step 4 was not written (File too large)" in last
+    assert "nothing is saved yet; raise the limit on the size of files (ulimit -f)" in last
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize(("fails", "must_fail", "kept"), [({2}, False, [4, 6]), ({4, 6}, True, [2])])
 def test_a_full_disk_ends_the_run_on_every_rank_only_if_nothing_is_saved_at_its_end(
     inputs: Path, tmp_path: Path, fails: set[int], must_fail: bool, kept: list[int]

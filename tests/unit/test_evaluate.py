@@ -23,6 +23,7 @@ from llara_dist.evaluation.evaluate import default_folder, evaluate, form_is_hyb
 from llara_dist.evaluation.predict import join_rows, predict
 from llara_dist.recommenders.training import train as train_recommender
 from llara_dist.stream.reader import ShardSet
+from llara_dist.training.best import Score, write_best
 from llara_dist.training.trained import load_trained
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import train_all
@@ -122,6 +123,16 @@ def test_metrics_depend_neither_on_the_batch_size_nor_on_the_number_of_ranks(tun
         assert [generated[place] for place in order] == whole.generated
         scores = np.concatenate([part.log_likelihoods for part in parts if part.log_likelihoods is not None])[order]
         np.testing.assert_allclose(scores, whole.log_likelihoods, atol=2e-4)
+
+
+def test_the_best_checkpoint_is_evaluated_apart_from_the_last(tuned: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tuned / "run", tmp_path / "run")
+    with pytest.raises(InputError, match=r"best.json: not found.*did not validate.*use --checkpoint last"):
+        evaluate(run, checkpoint="best", device="cpu")
+    write_best(run / "checkpoints", Score(step=2, hit_ratio=0.5, loss=1.0))
+    best = evaluate(run, checkpoint="best", generation=False, limit=3, device="cpu")
+    assert (best["checkpoint"], best["step"]) == ("best", 2)
+    assert best["out"] == str(run / "evaluation" / "test-hybrid-best-first-3")
 
 
 def test_hybrid_and_text_forms_differ_and_do_not_overwrite_each_other(tuned: Path, result: dict) -> None:
