@@ -322,7 +322,7 @@ def test_killed_while_saving(tmp_path: Path, times: int) -> None:
     reported, left_half, leftovers = 0, 0, []
     for _ in range(times):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=save_without_end, args=(tmp_path, theirs))
+        process = context.Process(target=save_without_end, args=(tmp_path, theirs), daemon=True)
         process.start()
         theirs.close()
         assert ours.poll(LIMIT_S), "nothing is saved"
