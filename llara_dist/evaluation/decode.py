@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from llara_dist.evaluation.language_model import hidden_states, token_embeddings, vocabulary_logits
+from llara_dist.evaluation.lockstep import ALONE, Lockstep
 from llara_dist.evaluation.prompts import Prompts
 from llara_dist.model.hybrid import HybridLlama
 
@@ -28,16 +30,26 @@ class Generation:
 
 
 @torch.no_grad()
-def generate(model: HybridLlama, prompts: Prompts, eos: int, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Generation]:
+def generate(
+    model: HybridLlama,
+    prompts: Prompts,
+    eos: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    lockstep: Lockstep = ALONE,
+    beat: Callable[[], None] | None = None,
+) -> list[Generation]:
     """Generate each prompt's answer greedily; the prompts' cache is used up.
 
     An answer does not depend on which prompts share its batch (in fp32 up to ties of logits within rounding).
+    In lock-step it goes on, with one row, until the last rank's answers are done.
 
     Args:
         model: in evaluation mode.
         prompts: as `read_prompts` made them.
         eos: the token that ends an answer.
         max_new_tokens: the longest answer, EOS included.
+        lockstep: which ranks must compute equally many tokens.
+        beat: called for every token, as a sign of life.
 
     Returns:
         One generation a prompt, in order.
@@ -48,6 +60,8 @@ def generate(model: HybridLlama, prompts: Prompts, eos: int, max_new_tokens: int
     rows = list(range(len(answers)))
     state = prompts.end
     for length in range(1, max_new_tokens + 1):
+        if beat is not None:
+            beat()
         chosen = vocabulary_logits(model, state).argmax(dim=-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if token == eos:
@@ -55,13 +69,14 @@ def generate(model: HybridLlama, prompts: Prompts, eos: int, max_new_tokens: int
             elif not finished[row]:
                 answers[row].append(token)
         going = [place for place, row in enumerate(rows) if not finished[row]]
-        if not going or length == max_new_tokens:
+        if length == max_new_tokens or not lockstep.any(bool(going)):
             break
-        if 2 * len(going) <= len(rows):
+        staying = going or [0]  # a rank that only keeps step does so with one row
+        if 2 * len(staying) <= len(rows):
             # Few answers are long: going on with the finished ones would cost most of the time.
-            kept = torch.tensor(going, device=device)
+            kept = torch.tensor(staying, device=device)
             cache.batch_select_indices(kept)
-            rows = [rows[place] for place in going]
+            rows = [rows[place] for place in staying]
             chosen, real, positions = chosen[kept], real[kept], positions[kept]
         real = torch.cat([real, real.new_ones(len(real), 1)], dim=1)
         hidden, cache = hidden_states(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llara_dist.evaluation.language_model import hidden_states, token_embeddings, vocabulary_logits
+from llara_dist.evaluation.lockstep import ALONE, Lockstep
 from llara_dist.evaluation.prompts import Prompts
 from llara_dist.model.hybrid import HybridLlama
 
@@ -40,7 +41,11 @@ class Likelihoods:
 
 @torch.no_grad()
 def score_candidates(
-    model: HybridLlama, prompts: Prompts, candidates: np.ndarray, answers: Sequence[np.ndarray]
+    model: HybridLlama,
+    prompts: Prompts,
+    candidates: np.ndarray,
+    answers: Sequence[np.ndarray],
+    lockstep: Lockstep = ALONE,
 ) -> Likelihoods:
     """Score every candidate of every prompt; the prompts' cache is left as it was.
 
@@ -49,35 +54,35 @@ def score_candidates(
         prompts: as `read_prompts` made them.
         candidates: int [N, C], item ids in shown order.
         answers: by item id, the answer's token ids, EOS last.
+        lockstep: which ranks must call the head equally often.
 
     Returns:
         Likelihoods in the given order.
     """
     device = prompts.end.device
     layouts = [_Layout.of([answers[int(item)] for item in row]) for row in candidates]
-    longest = max(len(layout.inputs) for layout in layouts)
+    # At least one position, though answers may be EOS alone: every rank then runs the layers as often.
+    longest = max(1, *(len(layout.inputs) for layout in layouts))
     inputs, segments, positions = (torch.zeros((len(layouts), longest), dtype=torch.int64) for _ in range(3))
     for row, layout in enumerate(layouts):
         inputs[row, : len(layout.inputs)] = torch.from_numpy(layout.inputs)
         segments[row, : len(layout.inputs)] = torch.from_numpy(layout.segments)
         positions[row, : len(layout.inputs)] = torch.from_numpy(layout.positions)
-    states = prompts.end[:, None]
-    if longest:
-        hidden, _ = hidden_states(
-            model,
-            token_embeddings(model, inputs.to(device)),
-            attention_mask=_mask(prompts.real, segments.to(device), model.dtype),
-            position_ids=prompts.lengths[:, None] + positions.to(device),
-            past_key_values=prompts.cache,
-            use_cache=True,
-        )
-        prompts.cache.crop(-longest)  # negative: how many positions to take off, in every supported transformers
-        states = torch.cat([states, hidden.to(states.dtype)], dim=1)
+    hidden, _ = hidden_states(
+        model,
+        token_embeddings(model, inputs.to(device)),
+        attention_mask=_mask(prompts.real, segments.to(device), model.dtype),
+        position_ids=prompts.lengths[:, None] + positions.to(device),
+        past_key_values=prompts.cache,
+        use_cache=True,
+    )
+    prompts.cache.crop(-longest)  # negative: how many positions to take off, in every supported transformers
+    states = torch.cat([prompts.end[:, None], hidden.to(prompts.end.dtype)], dim=1)
     rows = np.repeat(np.arange(len(layouts)), [len(layout.predicted) for layout in layouts])
     columns = np.concatenate([layout.columns for layout in layouts])
     owners = np.concatenate([layout.owners for layout in layouts])
     predicted = np.concatenate([layout.predicted for layout in layouts])
-    log_probabilities = _log_probabilities(model, states, rows, columns, predicted)
+    log_probabilities = _log_probabilities(model, states, rows, columns, predicted, lockstep)
     total, tokens = np.zeros(candidates.shape), np.zeros(candidates.shape, dtype=np.int64)
     np.add.at(total, (rows, owners), log_probabilities)
     np.add.at(tokens, (rows, owners), 1)
@@ -128,7 +133,7 @@ def _mask(real: Tensor, segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _log_probabilities(
-    model: HybridLlama, states: Tensor, rows: np.ndarray, columns: np.ndarray, predicted: np.ndarray
+    model: HybridLlama, states: Tensor, rows: np.ndarray, columns: np.ndarray, predicted: np.ndarray, lockstep: Lockstep
 ) -> np.ndarray:
     """Log-probability of each predicted token given the state at (row, column), float64; the head runs in parts."""
     device = states.device
@@ -140,4 +145,6 @@ def _log_probabilities(
             picked.split(_POSITIONS_PER_HEAD_CALL), targets.split(_POSITIONS_PER_HEAD_CALL), strict=True
         )
     ]
+    for _ in range(lockstep.most(len(parts)) - len(parts)):
+        vocabulary_logits(model, picked[:1])  # another rank has more positions
     return torch.cat(parts).double().cpu().numpy()

@@ -91,7 +91,7 @@ def test_ranking_leaves_the_prompts_as_they_were(random_llama: Path, answers: li
     assert generate(model, prompts, EOS, 8) == untouched
 
 
-def test_answers_of_eos_alone_need_no_further_pass(random_llama: Path) -> None:
+def test_answers_of_eos_alone_are_scored(random_llama: Path) -> None:
     model = build(random_llama)
     sample = make_sample(1)
     scores = score(model, [sample], True, [np.array([EOS], np.uint32)] * 50)
