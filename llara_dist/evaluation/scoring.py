@@ -139,12 +139,12 @@ def _log_probabilities(
     device = states.device
     picked = states[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
     targets = torch.from_numpy(predicted).to(device)
-    parts = [
+    parts = picked.split(_POSITIONS_PER_HEAD_CALL)
+    idle = lockstep.most(len(parts)) - len(parts)  # agreed on before the first call, which gathers the head
+    log_probabilities = [
         -torch.nn.functional.cross_entropy(vocabulary_logits(model, part), target, reduction="none")
-        for part, target in zip(
-            picked.split(_POSITIONS_PER_HEAD_CALL), targets.split(_POSITIONS_PER_HEAD_CALL), strict=True
-        )
+        for part, target in zip(parts, targets.split(_POSITIONS_PER_HEAD_CALL), strict=True)
     ]
-    for _ in range(lockstep.most(len(parts)) - len(parts)):
-        vocabulary_logits(model, picked[:1])  # another rank has more positions
-    return torch.cat(parts).double().cpu().numpy()
+    for _ in range(idle):
+        vocabulary_logits(model, picked[:1])
+    return torch.cat(log_probabilities).double().cpu().numpy()

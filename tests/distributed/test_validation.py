@@ -13,10 +13,18 @@ import torch
 
 from llara_dist import distributed
 from llara_dist.config import RunConfig, ValidationConfig
+from llara_dist.data.samples import Sample
+from llara_dist.evaluation.decode import generate
 from llara_dist.evaluation.evaluate import evaluate
+from llara_dist.evaluation.lockstep import ALONE, Lockstep
+from llara_dist.evaluation.prompts import read_prompts
+from llara_dist.evaluation.scoring import score_candidates
 from llara_dist.evaluation.validation import open_validator
+from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
+from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.stream.batch import collate
 from llara_dist.stream.reader import ShardSet
+from llara_dist.training.evaluation_mode import evaluation_mode
 from llara_dist.training.preflight import open_inputs
 from llara_dist.training.run import open_run
 from llara_dist.training.trained import load_trained
@@ -182,3 +190,61 @@ def test_the_numbers_are_those_of_evaluate(
         assert scores["hit_ratio"] == pytest.approx(wanted["hit_ratio" if generation else "ranked"], abs=1e-12)
         assert scores["valid_ratio"] == (wanted["valid_ratio"] if generation else None)
         assert scores["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+LONGEST = 32
+
+
+def answer(model: HybridLlama, samples: list[Sample], end: int, lockstep: Lockstep) -> dict[str, Any]:
+    """Scores and generated answers of a batch, by key; the head runs in parts of a few positions."""
+    candidates = np.stack([sample.candidates for sample in samples])
+    answers = [np.array([700, 900, 1100, end][-1 - item % 4 :], dtype=np.uint32) for item in range(40)]
+    prompts = read_prompts(model, samples, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llara_dist.evaluation.scoring._POSITIONS_PER_HEAD_CALL", 16)
+        scores = score_candidates(model, prompts, candidates, answers, lockstep)
+    generated = generate(model, prompts, end, LONGEST, lockstep)
+    return {
+        str(sample.key): {"tokens": said.tokens, "finished": said.finished, "scores": row.tolist()}
+        for sample, said, row in zip(samples, generated, scores.total, strict=True)
+    }
+
+
+def answer_a_share(config: RunConfig, shares: list[list[int]], end: int, folder: Path) -> None:
+    """Answer this rank's rows in step with the others; they go to FOLDER/RANK.json."""
+    world, device = join()
+    run = open_run(config, open_inputs(config, world), world, device)
+    samples = ShardSet.open(config.data.shards, "val").read(shares[world.rank])
+    with evaluation_mode(run.engine):
+        said = answer(run.engine.model, samples, end, Lockstep(device))
+    (folder / f"{world.rank}.json").write_text(json.dumps(said))
+    distributed.shut_down()
+
+
+def test_ranks_that_finish_apart_stay_in_step(answering_inputs: Path, tmp_path: Path) -> None:
+    config = answering(answering_inputs, tmp_path / "run", max_steps=2)
+    table = load_item_table(config.recommender.path).weight
+    model = build_hybrid_llama(config.model, config.lora, config.projector, table, torch.device("cpu"), config.seed)
+    model.eval()
+    samples = ShardSet.open(config.data.shards, "val").read(range(6))
+    endless = [said.tokens for said in generate(model, read_prompts(model, samples, True), -1, LONGEST)]
+    # Titles of this world have equally many tokens: a token to which the answers come at many places ends them here.
+    end = max(sorted(set(np.ravel(endless).tolist())), key=lambda token: len({places(token, said) for said in endless}))
+    alone = answer(model, samples, end, ALONE)
+    order = sorted(range(6), key=lambda row: places(end, endless[row]))
+    shares = [order[:1], order[1:3], order[3:]]
+    ends = [places(end, endless[share[-1]]) for share in shares]
+    assert ends[0] < ends[1] < ends[2]
+    run_ranks(answer_a_share, 3, tmp_path / "ranks", with_stage(config, "sharded zero3"), shares, end, tmp_path)
+    together: dict[str, Any] = {}
+    for rank in range(3):
+        together |= json.loads((tmp_path / f"{rank}.json").read_text())
+    assert together.keys() == alone.keys()
+    for key, expected in alone.items():
+        assert (together[key]["tokens"], together[key]["finished"]) == (expected["tokens"], expected["finished"])
+        np.testing.assert_allclose(together[key]["scores"], expected["scores"], atol=1e-3)
+
+
+def places(token: int, tokens: list[int]) -> int:
+    """Where a token first stands, or behind the last."""
+    return tokens.index(token) if token in tokens else len(tokens)
