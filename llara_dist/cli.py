@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llara_dist import __version__
+from llara_dist.console import table
 from llara_dist.distributed import read_world
 from llara_dist.errors import (
     EXIT_BAD_INPUT,
     EXIT_RANK_LOST,
     EXIT_REQUEUE,
+    FindingsError,
     InputError,
     RankLostError,
     RequeueError,
@@ -103,6 +107,12 @@ COMMANDS = {
         "llara-dist train --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
         "--recommender.path recommenders/sasrec --out runs/movielens",
     ),
+    "preflight": Command(
+        "llara_dist.training.preflight:preflight",
+        "all that train checks before it reads a weight, in one table, for any number of ranks; nothing is written",
+        "llara-dist preflight --config launch/configs/movielens.yaml --model.path llm --data.shards "
+        "shards/out/movielens --recommender.path recommenders/sasrec --out runs/movielens --ranks 8",
+    ),
     "evaluate": Command(
         "llara_dist.evaluation.evaluate:evaluate",
         "generate answers and rank candidates: HitRatio@1, valid ratio, HR@k, NDCG@k, with intervals",
@@ -178,6 +188,8 @@ def run_command(name: str, arguments: list[str]) -> None:
 
     from jsonargparse import ActionConfigFile, ArgumentParser
 
+    from llara_dist.config import RunConfig
+
     command = COMMANDS[name]
     module, _, attribute = command.function.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
@@ -188,28 +200,29 @@ def run_command(name: str, arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    if name == "train":
-        from llara_dist.config import RunConfig
-
+    takes_run = "config" in inspect.signature(function).parameters
+    if takes_run:
+        # The run's own settings are the options; --config is a file of them.
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
-        parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
         parser.add_class_arguments(RunConfig, as_group=True)
+    if name == "train":
+        parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
     else:
-        parser.add_function_arguments(function, as_group=False)
+        parser.add_function_arguments(function, as_group=False, skip={"config"} if takes_run else None)
     try:
         values = parser.instantiate(parser.parse_args(normalise(name, arguments)))
     except ArgumentError as error:
         raise InputError(f"llara-dist {name}: {' '.join(str(error.message).split())}; see --help") from None
     given = dict(vars(values))
     as_json = given.pop("json")
-    given.pop("config", None)
-    if name == "train":
-        debug = given.pop("debug")
-        given = {"config": RunConfig(**given), "debug": debug}
+    if takes_run:
+        given.pop("config")
+        settings = {field.name: given.pop(field.name) for field in dataclasses.fields(RunConfig)}
+        given["config"] = RunConfig(**settings)
     try:
         result = function(**given)
     except InputError as error:
-        if as_json and error.result is not None:
+        if as_json and error.result is not None and read_world().is_main:
             print(json.dumps(error.result), flush=True)
         raise
     if as_json and read_world().is_main:
@@ -217,12 +230,15 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 
 def report(error: InputError, what: str = "error") -> None:
-    """Print the one line of what ended the command: once a node where every rank found the same."""
+    """Print the one line of what ended the command, after a table of several: once a node where every rank found the same."""
     try:
         local_rank = read_world().local_rank
     except InputError:
         local_rank = 0
     if local_rank == 0 or not error.everywhere:
+        if isinstance(error, FindingsError) and len(error.errors) > 1 and not error.shown:
+            rows = ([finding.check, finding.found, finding.remedy] for finding in error.errors)
+            table("", ["check", "found", "what to do"], rows, stderr=True)
         print(f"{what}: {error}", file=sys.stderr, flush=True)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llara_dist.errors import InputError
+from llara_dist.errors import Finding, FindingsError, InputError
 
 
 def _require(ok: bool, message: str) -> None:
@@ -329,17 +329,19 @@ class RunConfig:
         """Check that the three inputs are named.
 
         Raises:
-            InputError: model.path, data.shards or recommender.path is not set.
+            InputError: model.path, data.shards or recommender.path is not set; names all that are missing.
         """
-        for name, value in (
-            ("model.path", self.model.path),
-            ("data.shards", self.data.shards),
-            ("recommender.path", self.recommender.path),
-        ):
-            _require(
-                str(value) not in ("", "."),
-                f"{name} is not set: give it in the --config file or as --{name}",
+        missing = [
+            Finding("inputs", f"{name} is not set", f"give it in the --config file or as --{name}")
+            for name, value in (
+                ("model.path", self.model.path),
+                ("data.shards", self.data.shards),
+                ("recommender.path", self.recommender.path),
             )
+            if str(value) in ("", ".")
+        ]
+        if missing:
+            raise FindingsError(missing, "configuration")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

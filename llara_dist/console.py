@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -13,23 +14,26 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table on stdout; numbers right-aligned is the caller's formatting."""
+def warn(text: str) -> None:
+    """Print one line on stderr that a person should read before trusting what follows."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def table(title: str, columns: list[str], rows: Iterable[Iterable[object]], stderr: bool = False) -> None:
+    """Print a table on stdout or stderr; numbers right-aligned is the caller's formatting."""
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        drawn.add_column(column)
+        drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*[str(cell) for cell in row])
-    Console().print(drawn)
+    Console(stderr=stderr, markup=False, highlight=False).print(drawn)
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr when that is a terminal, silently otherwise."""
-    import sys
-
     if not sys.stderr.isatty():
         yield from items
         return

@@ -62,6 +62,15 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
     return World(rank=rank, local_rank=local_rank, size=size)
 
 
+def local_size(world: World, environment: Mapping[str, str] | None = None) -> int:
+    """How many ranks run on this node, as the launcher says (torchrun, deepspeed, srun); all, where it does not."""
+    env = os.environ if environment is None else environment
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if env.get(name, "").isdecimal() and 1 <= int(env[name]) <= world.size:
+            return int(env[name])
+    return world.size
+
+
 def pick_device(wanted: str, world: World) -> torch.device:
     """The device of this rank: CUDA device `local_rank` where there is one (or asked for), else the CPU.
 

@@ -1,11 +1,9 @@
-"""What a run and its resumption must have in common, and the versions that a result depends on."""
+"""What a run and its resumption must have in common."""
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-from llara_dist import __version__
 from llara_dist.config import RunConfig, to_dict
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json
@@ -13,14 +11,6 @@ from llara_dist.model.llama import base_fingerprint
 from llara_dist.recommenders.item_table import ItemTable
 from llara_dist.stream.plan import Plan
 from llara_dist.training.checkpoint import Checkpoint
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that a result depends on."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
-    return {"llara_dist": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def contract_of(config: RunConfig, plan: Plan, item_table: ItemTable, total_steps: int) -> dict[str, Any]:
@@ -44,12 +34,28 @@ def check_contract(checkpoint: Checkpoint, contract: dict[str, Any]) -> None:
     """A resumed run must be the one that was stopped.
 
     Raises:
-        InputError: names the first part that differs.
+        InputError: names every part that differs.
     """
-    saved = checkpoint.state["contract"]
-    for name, value in contract.items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"{checkpoint.path}: cannot go on from it: {name} was {saved.get(name)!r}, now {value!r}; "
-                "give the settings of the first start, or another --out"
-            )
+    parts = differences(checkpoint.state["contract"], contract)
+    if parts:
+        raise InputError(
+            f"{checkpoint.path}: cannot go on from it: {', '.join(parts)}; "
+            "give the settings of the first start, or another --out"
+        )
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Each setting that is not as it was, by its dotted name: "lora.rank was 8, now 4"."""
+    found = []
+    for name in now | saved:
+        old, new = saved.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{where}{name}.")
+        elif old != new:
+            found.append(f"{where}{name} was {_short(old)}, now {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    """A value for a person; of a hash, what is enough to tell it from another."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)

@@ -1,23 +1,43 @@
-"""What can be known to be wrong before any weight is read."""
+"""What can be known to be wrong before any weight is read: everything at once."""
 
 from __future__ import annotations
 
+import dataclasses
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from llara_dist import distributed
 from llara_dist.config import RunConfig
-from llara_dist.data.tokenizer import load_tokenizer, tokenizer_hash
+from llara_dist.console import say, table, warn
 from llara_dist.distributed import World
-from llara_dist.ds_config import read_ds_config
-from llara_dist.errors import InputError
-from llara_dist.model.llama import read_llama_config
+from llara_dist.ds_config import CHECK, check_ds_config, load_ds_config, zero_stage
+from llara_dist.errors import Finding, InputError
+from llara_dist.model.llama import compute_dtype, read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
-from llara_dist.stream.locations import node_cache, open_samples
+from llara_dist.stream.locations import is_remote, node_cache, open_samples
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world
-from llara_dist.training import debug
+from llara_dist.training import debug, resources
+from llara_dist.training.base_model import check_storage, check_weight_files, trainable_parameters
+from llara_dist.training.checklist import Checklist
 from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
+from llara_dist.training.consistency import check_context, check_recommender, check_tokenizer, check_zero_section
+from llara_dist.training.contract import check_contract, contract_of
+from llara_dist.training.versions import check_versions, installed_versions
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig
+
+MemoryEstimate = Callable[[RunConfig, "LlamaConfig", dict[str, Any], int, int], resources.MemoryNeed]
+"""(run, architecture, ds_config, width of the item table, world size) → what one rank needs"""
+
+BYTES_SAVED = 16
+"""a trained number in a checkpoint: float32 master, two moments, and the copy in the adapter or projector file"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,7 @@ class Inputs:
         ds_config: as DeepSpeed will get it, less what is ours.
         checkpoint: to go on from, or None.
         total_steps: T.
+        contract: what must not change between a start and its resumption; the checkpoint has the same.
     """
 
     shards: Samples
@@ -39,66 +60,221 @@ class Inputs:
     ds_config: dict[str, Any]
     checkpoint: Checkpoint | None
     total_steps: int
+    contract: dict[str, Any]
 
 
-def open_inputs(config: RunConfig, world: World) -> Inputs:
-    """Open shards, item table, ds_config and checkpoint, and check that they belong together.
+def open_inputs(config: RunConfig, world: World, estimate: MemoryEstimate | None = None) -> Inputs:
+    """Open shards, item table, ds_config and checkpoint, and check that they and the machine suit each other.
+
+    Every rank calls it, before any is joined to another. Rank 0 says what is worth a warning.
+
+    Args:
+        config: the run.
+        world: where this process stands.
+        estimate: of memory; None = memory is not checked.
 
     Raises:
-        InputError: the first thing found wrong, with what to do about it.
+        FindingsError: everything that was found wrong, with what to do about each.
     """
-    config.require_inputs()
-    ds_config = read_ds_config(config.deepspeed)
-    shards = open_samples(config.data.shards, "train", node_cache(config.data))
-    check_language_model(config, shards)
-    item_table = load_item_table(config.recommender.path)
-    check_recommender(config, shards, item_table)
-    check_world(shards.longest, config.data.global_batch_samples, world.size, config.data.max_tokens_per_microbatch)
-    plan = Plan(shards.sources, config.seed, config.data.global_batch_samples, config.data.epochs, config.data.lanes)
-    checkpoint = newest_checkpoint(config.out / "checkpoints") if config.resume == "auto" else None
+    checks, inputs = examine(config, world, distributed.local_size(world), estimate)
+    if world.is_main:
+        for finding in checks.of("warning"):
+            warn(finding.line)
+    checks.raise_errors(world.local_rank)
+    assert inputs is not None
+    return inputs
+
+
+def preflight(config: RunConfig, ranks: int = 0) -> dict[str, Any]:
+    """Check a run without starting it: all that `train` checks before it reads a weight. Nothing is written.
+
+    Args:
+        config: the run.
+        ranks: check for so many ranks, on this node as many as it has GPUs; 0 = for those that were started.
+
+    Returns:
+        Every finding, also of checks that passed.
+
+    Raises:
+        FindingsError: one or more checks failed.
+    """
+    world = distributed.read_world()
+    local_ranks = distributed.local_size(world)
+    if ranks < 0:
+        raise InputError(f"--ranks={ranks}: must not be negative")
+    if ranks:
+        if world.size > 1:
+            raise InputError(f"--ranks is for a single process, {world.size} were started; leave it out")
+        import torch
+
+        world = dataclasses.replace(world, size=ranks)
+        local_ranks = min(ranks, torch.cuda.device_count() or ranks)
+    checks, _ = examine(config, world, local_ranks)
+    if world.is_main:
+        rows = ([finding.check, finding.severity, finding.found, finding.remedy] for finding in checks.findings)
+        title = f"{config.out} on {world.size} rank{'s' if world.size > 1 else ''}"
+        table(title, ["check", "", "found", "what to do"], rows)
+    checks.raise_errors(world.local_rank, shown=world.is_main)
+    if world.is_main:
+        say("nothing stands in the way of this run")
+    return {"findings": [dataclasses.asdict(finding) for finding in checks.findings]}
+
+
+def examine(
+    config: RunConfig, world: World, local_ranks: int, estimate: MemoryEstimate | None = None
+) -> tuple[Checklist, Inputs | None]:
+    """Run every check; the inputs are None where a check failed.
+
+    Args:
+        config: the run.
+        world: where this process stands.
+        local_ranks: ranks on this node.
+        estimate: of memory; None = memory is not checked.
+    """
+    checks = Checklist()
+    checks.run("inputs", config.require_inputs)
+    device = _examine_machine(checks, config, world)
+    ds_config = _examine_ds_config(checks, config.deepspeed, device)
+
+    model = config.model if config.model.path else None
+    architecture = checks.run("model", read_llama_config, model, passed=_describe)
+    weights = checks.run("weight files", check_weight_files, model, architecture, passed=str)
+    checks.run("storage dtype", check_storage, model, architecture, passed=str)
+
+    cache = node_cache(config.data)
+    location = config.data.shards or None
+    shards = checks.run("shards", open_samples, location, "train", cache, passed=lambda s: f"{len(s):,} samples")
+    if config.validation.every_steps:
+        checks.run("validation", open_samples, location, "val", cache, passed=lambda s: f"{len(s):,} rows")
+    checks.run("tokenizer", check_tokenizer, config, shards, after=[architecture], passed=lambda _: "the shards' own")
+    checks.run("context", check_context, config, architecture, shards, passed=lambda n: f"{n} tokens hold every row")
+
+    folder = config.recommender.path if config.recommender.path != Path() else None
+    item_table = checks.run("item table", load_item_table, folder, passed=lambda t: f"{t.info['num_items']} items")
+    checks.run("recommender", check_recommender, config, shards, item_table, passed=lambda _: "of the shards' data set")
+
+    plan = _examine_batch(checks, config, world, local_ranks, shards)
+    total_steps = None if plan is None else min(plan.num_steps, config.data.max_steps or plan.num_steps)
+    checks.run("output folder", check_out, config, passed=lambda _: str(config.out))
+    checkpoint = None
+    contract = checks.run("base model", contract_of, config, plan, item_table, total_steps, after=[weights])
+    if config.resume == "auto":
+        checkpoint = newest_checkpoint(config.out / "checkpoints")
+        checks.note("checkpoint", f"{checkpoint.path}" if checkpoint else "none yet: the run starts at step 0")
+    if checkpoint is not None:
+        checks.run("fingerprint", check_contract, checkpoint, contract, passed=lambda _: "the checkpoint's run")
+    _examine_room(checks, config, world, local_ranks, device, architecture, ds_config, item_table, estimate)
+
+    if checks.of("error"):
+        return checks, None
+    assert shards is not None
+    assert plan is not None
+    assert item_table is not None
+    assert ds_config is not None
+    assert contract is not None
+    assert total_steps is not None
+    return checks, Inputs(shards, plan, item_table, ds_config, checkpoint, total_steps, contract)
+
+
+def check_out(config: RunConfig) -> None:
+    """No other run lies in the run's folder.
+
+    Raises:
+        InputError: one does, and this one is not to go on from it.
+    """
     holds_run = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoints"))
     if config.resume == "no" and holds_run and not (config.out / debug.MARK).is_dir():
         raise InputError(f"{config.out}: holds a run already; choose another --out, or go on with --resume auto")
-    total = min(plan.num_steps, config.data.max_steps) if config.data.max_steps else plan.num_steps
-    return Inputs(shards, plan, item_table, ds_config, checkpoint, total)
 
 
-def check_language_model(config: RunConfig, shards: Samples) -> None:
-    """The model's tokenizer is the shards', and its context holds their longest row.
-
-    Raises:
-        InputError: it is not, or does not.
-    """
-    architecture = read_llama_config(config.model)
-    found = tokenizer_hash(load_tokenizer(config.model.path))
-    if found != shards.info["tokenizer_hash"]:
-        raise InputError(
-            f"model.path={config.model.path}: its tokenizer ({found[:12]}) is not the one that {config.data.shards} "
-            f"was built with ({shards.info['tokenizer_hash'][:12]}); build them again with this model as --tokenizer"
-        )
-    if architecture.max_position_embeddings < shards.longest:
-        raise InputError(
-            f"model.path={config.model.path}: context of {architecture.max_position_embeddings} tokens is shorter than "
-            f"the longest row of {config.data.shards}, {shards.longest} tokens; build them with a smaller --max-tokens"
-        )
+def _describe(architecture: LlamaConfig) -> str:
+    return f"Llama of {architecture.num_hidden_layers} layers, width {architecture.hidden_size}"
 
 
-def check_recommender(config: RunConfig, shards: Samples, item_table: ItemTable) -> None:
-    """The item table was trained on the data set that the shards were built from.
+def _examine_machine(checks: Checklist, config: RunConfig, world: World) -> torch.device | None:
+    """The device, what it computes in, and the versions of the libraries; None where DeepSpeed had better not start."""
+    device = checks.run("device", distributed.pick_device, config.device, world, passed=str)
+    on_gpu = device is not None and device.type == "cuda"
+    installed = installed_versions()
+    sound = checks.extend(check_versions(installed, on_gpu))
+    if sound:
+        checks.note("versions", ", ".join(f"{name} {version}" for name, version in installed.items() if version))
+    dtype = checks.run("compute dtype", compute_dtype, config.model, device, passed=lambda d: str(d).split(".")[1])
+    if device is not None and device.type == "cpu":
+        checks.extend(resources.check_bf16(str(dtype) == "torch.bfloat16", resources.cpu_has_bf16()))
+    return device if sound else None
 
-    Published weights name no data set: there the number of items is all that can be compared.
 
-    Raises:
-        InputError: it was not.
-    """
-    trained_on = item_table.dataset_hash
-    if trained_on is not None and trained_on != shards.info["dataset"]["hash"]:
-        raise InputError(
-            f"recommender.path={config.recommender.path}: trained on data set {trained_on[:12]}, {config.data.shards} "
-            f"was built from {shards.info['dataset']['hash'][:12]}; train the recommender on the same dataset folder"
-        )
-    if item_table.weight.shape[0] != shards.info["num_items"]:
-        raise InputError(
-            f"recommender.path={config.recommender.path}: {item_table.weight.shape[0]} items, "
-            f"{config.data.shards} has {shards.info['num_items']}"
+def _examine_ds_config(checks: Checklist, path: Path, device: torch.device | None) -> dict[str, Any] | None:
+    """The ds_config, None where something in it would fight the run."""
+    ds_config = checks.run(CHECK, load_ds_config, path)
+    if ds_config is None:
+        return None
+    findings = check_ds_config(ds_config, str(path))
+    if device is not None:
+        findings += check_zero_section(ds_config, str(path), device, findings)
+    if not checks.extend(findings):
+        return None
+    checks.note(CHECK, f"{path}: ZeRO-{zero_stage(ds_config)}")
+    return ds_config
+
+
+def _examine_batch(
+    checks: Checklist, config: RunConfig, world: World, local_ranks: int, shards: Samples | None
+) -> Plan | None:
+    """The arithmetic of steps, batch, budget and ranks."""
+    data = config.data
+    ranks = f"{world.size}, {local_ranks} on this node"
+    checks.run("ranks", check_world, 0, data.global_batch_samples, world.size, 1, passed=lambda _: ranks)
+    if shards is None:
+        return None
+    longest = f"the longest row has {shards.longest} tokens"
+    checks.run(
+        "token budget", check_world, shards.longest, 1, 1, data.max_tokens_per_microbatch, passed=lambda _: longest
+    )
+    nodes = -(-world.size // local_ranks)
+    if is_remote(shards) and data.lanes < nodes:
+        found = f"data.lanes={data.lanes} for {nodes} nodes: some fetch the same shards"
+        checks.extend([Finding("lanes", found, f"set data.lanes to a power of two from {nodes} on", "warning")])
+    checks.extend(resources.check_open_files(len(shards.sources)))
+    return checks.run(
+        "plan",
+        Plan,
+        shards.sources,
+        config.seed,
+        data.global_batch_samples,
+        data.epochs,
+        data.lanes,
+        passed=lambda plan: f"{plan.num_steps:,} steps of {data.global_batch_samples} samples",
+    )
+
+
+def _examine_room(
+    checks: Checklist,
+    config: RunConfig,
+    world: World,
+    local_ranks: int,
+    device: torch.device | None,
+    architecture: LlamaConfig | None,
+    ds_config: dict[str, Any] | None,
+    item_table: ItemTable | None,
+    estimate: MemoryEstimate | None,
+) -> None:
+    """Whether disk and memory hold the run."""
+    if architecture is None or item_table is None:
+        return
+    trained = trainable_parameters(architecture, config.lora, config.projector, item_table.weight.shape[1])
+    # Those that stay, the best by validation, and the one being written.
+    need = BYTES_SAVED * trained * (config.checkpoint.keep_last + 2)
+    if checks.extend(resources.check_disk(config.out, need)):
+        checks.note("disk", f"checkpoints of {trained:,} trained parameters: {need / resources.GIB:.2f} GiB")
+    if estimate is None or ds_config is None or device is None:
+        return
+    memory = estimate(config, architecture, ds_config, item_table.weight.shape[1], world.size)
+    where = f"rank {world.rank} on {socket.gethostname()}"
+    device_free, host_free = resources.free_device_bytes(device), resources.free_host_bytes()
+    if checks.extend(resources.check_memory(memory, device_free, host_free, local_ranks, where)):
+        free = host_free // local_ranks if device_free is None else device_free
+        checks.note(
+            "memory", f"about {memory.device_bytes / resources.GIB:.1f} of {free / resources.GIB:.1f} GiB a rank"
         )

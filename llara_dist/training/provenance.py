@@ -28,7 +28,7 @@ import torch
 
 from llara_dist import __version__, distributed
 from llara_dist.ds_config import CHECKOUT
-from llara_dist.training.contract import versions
+from llara_dist.training.versions import versions
 from llara_dist.training.preflight import Inputs
 
 

@@ -21,7 +21,6 @@ from llara_dist.stream.lookahead import start_lookahead
 from llara_dist.training.best import Score
 from llara_dist.training.checkpoint import load_moments, load_parameters
 from llara_dist.training.checkpoint_writer import CheckpointWriter, SaveTimes
-from llara_dist.training.contract import check_contract, contract_of
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
 from llara_dist.training.faults import Faults
@@ -115,11 +114,8 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
     """Load the model, restore the checkpoint if there is one, and stand at the first step to run.
 
     Raises:
-        InputError: a weight does not load, or the checkpoint belongs to another run.
+        InputError: a weight does not load.
     """
-    contract = contract_of(config, inputs.plan, inputs.item_table, inputs.total_steps)
-    if inputs.checkpoint is not None:
-        check_contract(inputs.checkpoint, contract)
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "config.json", to_dict(absolute(config)))
@@ -163,7 +159,7 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
     )
     progress = inputs.checkpoint.progress if inputs.checkpoint is not None else {}
     faults = Faults(config.faults, config.out, progress.get("skipped_steps", 0), world.is_main)
-    origin = provenance(to_dict(absolute(config)), inputs, contract, world, device)
+    origin = provenance(to_dict(absolute(config)), inputs, inputs.contract, world, device)
     saving = config.checkpoint
     writer = CheckpointWriter(config.out / "checkpoints", saving.keep_last, saving.asynchronous)
     return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, faults, origin, writer)

@@ -259,18 +259,15 @@ def test_damaged_checkpoint_is_passed_over(short: RunConfig, tmp_path: Path) -> 
     ("change", "message"),
     [
         ({"seed": 1}, "plan was"),
-        ({"lora": LoraConfig(rank=4, dropout=0.0)}, "lora was"),
+        ({"lora": LoraConfig(rank=4, dropout=0.0)}, "lora.rank was 8, now 4"),
     ],
 )
 def test_another_run_is_not_resumed(short: RunConfig, change: dict, message: str) -> None:
     from llara_dist.distributed import World
     from llara_dist.training.preflight import open_inputs
-    from llara_dist.training.run import open_run
 
-    config = dataclasses.replace(short, resume="auto", **change)
-    inputs = open_inputs(config, World())
     with pytest.raises(InputError, match=message):
-        open_run(config, inputs, World(), torch.device("cpu"))
+        open_inputs(dataclasses.replace(short, resume="auto", **change), World())
 
 
 def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
