@@ -32,7 +32,7 @@ class Checklist:
 
         Args:
             name: of the check.
-            check: called with `needs`; an InputError is its finding.
+            check: called with `needs`; an InputError or OSError is its finding.
             needs: None stands for what an earlier check could not give: then this one is skipped.
             after: results without which the check would only repeat an earlier one's error; None as in `needs`.
             passed: what to say of its result; by default nothing is said.
@@ -47,6 +47,9 @@ class Checklist:
             result = check(*needs)
         except InputError as error:
             self.findings.extend(findings_of(name, error))
+            return None
+        except OSError as error:
+            self.findings.append(Finding(name, f"{error.filename or name}: {error.strerror or error}"))
             return None
         if passed is not None:
             self.note(name, passed(result))
