@@ -230,7 +230,7 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 
 def report(error: InputError, what: str = "error") -> None:
-    """Print the one line of what ended the command, after a table of several: once a node where every rank found the same."""
+    """Print what ended the command, several findings as a table: once a node where every rank found the same."""
     try:
         local_rank = read_world().local_rank
     except InputError:
