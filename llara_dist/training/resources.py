@@ -28,8 +28,8 @@ class MemoryNeed:
     """An estimate of what one rank needs at its peak.
 
     Attributes:
-        device_bytes: on the device; on the CPU, in host memory.
-        host_bytes: in host memory beside a GPU; 0 on the CPU.
+        device_bytes: on the device; on the CPU, in host memory too.
+        host_bytes: in host memory, of the process itself.
     """
 
     device_bytes: int
@@ -77,7 +77,7 @@ def check_memory(
     findings = []
     if device_free is not None:
         findings += _compare(need.device_bytes, device_free, f"{where}: GPU memory", everywhere=False)
-    host = need.host_bytes if device_free is not None else need.device_bytes
+    host = need.host_bytes + (need.device_bytes if device_free is None else 0)
     findings += _compare(host * local_ranks, host_free, f"{where}: memory of {local_ranks} ranks", everywhere=True)
     return findings
 

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from llara_dist.cli import main
 from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig, RunConfig, ValidationConfig
-from llara_dist.distributed import World, local_size
+from llara_dist.distributed import World
 from llara_dist.errors import Finding, FindingsError, InputError
 from llara_dist.model.llama import read_llama_config
 from llara_dist.training.base_model import check_storage, check_weight_files, trainable_parameters
@@ -300,15 +300,6 @@ def test_fewer_lanes_than_nodes_is_a_warning(inputs: Path, tmp_path: Path, monke
     assert found is not None
     checks, _ = examine(config, World(size=4), local_ranks=2)
     assert checks.of("warning") == []
-
-
-def test_ranks_of_a_node() -> None:
-    world = World(size=8)
-    assert local_size(world, {}) == 8
-    assert local_size(world, {"LOCAL_WORLD_SIZE": "4"}) == 4
-    assert local_size(world, {"LOCAL_SIZE": "2"}) == 2
-    assert local_size(world, {"SLURM_NTASKS_PER_NODE": "4"}) == 4
-    assert local_size(world, {"LOCAL_WORLD_SIZE": "16"}) == 8
 
 
 def test_a_default_run_needs_its_inputs_only(capsys, inputs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Where a process stands, as each launcher says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llara_dist.distributed import World, local_size, read_world
+from llara_dist.errors import InputError
+from tests.distributed.ranks import run_ranks
+
+STEP = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, World()),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, World(3, 1, 4)),
+        (STEP, World(5, 1, 8)),
+        (STEP | {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, World(2, 0, 4)),
+        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}, World()),
+    ],
+    ids=["none", "torchrun and deepspeed", "srun", "deepspeed under srun", "a shell inside sbatch"],
+)
+def test_world_by_launcher(environment: dict[str, str], expected: World) -> None:
+    assert read_world(environment) == expected
+
+
+def test_a_launcher_that_says_only_half() -> None:
+    with pytest.raises(InputError, match="SLURM_LOCALID is not set"):
+        read_world({name: value for name, value in STEP.items() if name != "SLURM_LOCALID"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, 4),
+        ({"LOCAL_WORLD_SIZE": "16"}, 8),
+    ],
+    ids=["none", "torchrun", "deepspeed", "srun", "more than there are"],
+)
+def test_ranks_of_a_node(environment: dict[str, str], expected: int) -> None:
+    assert local_size(World(size=8), environment) == expected
+
+
+def look_at_deepspeed() -> None:
+    import torch
+
+    from llara_dist import distributed
+
+    world = read_world()
+    distributed.initialise(world, torch.device("cpu"), timeout_s=60.0)
+    import deepspeed.ops
+
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    distributed.shut_down()
+
+
+def test_deepspeed_compiles_nothing_on_the_cpu(tmp_path: Path) -> None:
+    """Else the first run takes two minutes of CPU, and a killed one leaves a lock that blocks all later ones."""
+    run_ranks(look_at_deepspeed, 1, tmp_path / "ranks")
