@@ -71,6 +71,38 @@ def local_size(world: World, environment: Mapping[str, str] | None = None) -> in
     return world.size
 
 
+@dataclass(frozen=True)
+class Job:
+    """Which start of which scheduled job this process belongs to.
+
+    Attributes:
+        name: "1234@cluster" under Slurm (an array's tasks have an id each); "" where no scheduler gave one.
+        restart: how often the scheduler has requeued it; 0 = its first start.
+        step: Slurm's job step, one `srun`; "" outside of one.
+    """
+
+    name: str = ""
+    restart: int = 0
+    step: str = ""
+
+
+def read_job(environment: Mapping[str, str] | None = None) -> Job:
+    """Read SLURM_JOB_ID, SLURM_CLUSTER_NAME, SLURM_RESTART_COUNT and SLURM_STEP_ID; without Slurm a job without name.
+
+    Raises:
+        InputError: SLURM_RESTART_COUNT is no number.
+    """
+    env = os.environ if environment is None else environment
+    if "SLURM_JOB_ID" not in env:
+        return Job()
+    cluster = env.get("SLURM_CLUSTER_NAME", "")
+    restart = env.get("SLURM_RESTART_COUNT", "0")
+    if not restart.isdecimal():
+        raise InputError(f"environment: SLURM_RESTART_COUNT={restart}: not a number; unset it or start through sbatch")
+    name = f"{env['SLURM_JOB_ID']}@{cluster}" if cluster else env["SLURM_JOB_ID"]
+    return Job(name=name, restart=int(restart), step=env.get("SLURM_STEP_ID", ""))
+
+
 def pick_device(wanted: str, world: World) -> torch.device:
     """The device of this rank: CUDA device `local_rank` where there is one (or asked for), else the CPU.
 

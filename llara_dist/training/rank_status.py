@@ -1,0 +1,241 @@
+"""What a rank is doing: in memory for the loop, in OUT/ranks/rank-00017.json for everybody else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from llara_dist.training.process_identity import ProcessIdentity
+
+RANKS = "ranks"
+WRITES_PER_S = 100.0
+"""Most status files a second that all ranks together write."""
+KEYS_SHOWN = 8
+STOPPED = "stopped because of another rank"
+"""How a rank ended that was itself in order."""
+
+
+class Phase(StrEnum):
+    """Where a rank is, in the order of a run and of a step."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    DATA = "data"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    REDUCE = "reduce"
+    STEP = "step"
+    VALIDATION = "validation"
+    CHECKPOINT = "checkpoint"
+    FINISHED = "finished"
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a rank that stays in it without progress hangs.
+
+        Starting and loading last as long as the weights take, validation and checkpoint as long as the slowest rank;
+        ranks that wait there for another one cannot tell. They have no limit of their own: a rank that died is
+        noticed there as well, one that hangs once a rank elsewhere waits for it.
+        """
+        return self in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.STEP)
+
+
+_PART_OF_STEP = {
+    Phase.STARTING: 0,
+    Phase.LOADING: 1,
+    Phase.DATA: 2,
+    Phase.FORWARD: 3,
+    Phase.BACKWARD: 3,
+    Phase.REDUCE: 4,
+    Phase.STEP: 5,
+    Phase.VALIDATION: 6,
+    Phase.CHECKPOINT: 7,
+    Phase.FINISHED: 8,
+}
+"""Forward and backward take turns, micro-batch by micro-batch; between them the micro-batch's number decides."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a rank stands.
+
+    Attributes:
+        phase: what it is doing.
+        step: optimizer step, 0-based; −1 before the first.
+        microbatch: of this rank in the step, 0-based.
+        keys: the first sample keys of the micro-batch (or of the step).
+        num_keys: how many there are.
+    """
+
+    phase: Phase = Phase.STARTING
+    step: int = -1
+    microbatch: int = 0
+    keys: tuple[int, ...] = ()
+    num_keys: int = 0
+
+    @property
+    def position(self) -> tuple[int, int, int, bool]:
+        """Orders ranks: who is behind has the smaller one. Equal for ranks at the same place."""
+        part = _PART_OF_STEP[self.phase]
+        inside = part == _PART_OF_STEP[Phase.FORWARD]
+        return self.step, part, self.microbatch if inside else 0, inside and self.phase is Phase.BACKWARD
+
+    @property
+    def place(self) -> str:
+        """For people: "step 17, micro-batch 2, backward"."""
+        if self.step < 0:
+            return str(self.phase)
+        if self.phase in (Phase.FORWARD, Phase.BACKWARD):
+            return f"step {self.step}, micro-batch {self.microbatch}, {self.phase}"
+        return f"step {self.step}, {self.phase}"
+
+    @property
+    def samples(self) -> str:
+        """For people: "sample keys 5, 9, … (12 in all)"; "" where none are known."""
+        if not self.keys:
+            return ""
+        more = f", … ({self.num_keys} in all)" if self.num_keys > len(self.keys) else ""
+        return f"sample keys {', '.join(map(str, self.keys))}{more}"
+
+
+class RankStatus:
+    """This rank's progress, set by the main thread, read by the thread that reports it.
+
+    Setting it is one assignment of an immutable value: no lock, no file, about a microsecond.
+    """
+
+    def __init__(self) -> None:
+        self._state = (Progress(), 0, time.monotonic())
+
+    def enter(self, phase: Phase, step: int = -1, microbatch: int = 0, keys: Iterable[int] = ()) -> None:
+        """A phase begins.
+
+        Args:
+            phase: which.
+            step: optimizer step, 0-based.
+            microbatch: of this rank in the step, 0-based.
+            keys: sample keys of the micro-batch; integers on the host, never tensors on a device.
+        """
+        known = tuple(keys)
+        shown = tuple(int(key) for key in known[:KEYS_SHOWN])
+        self._state = (Progress(phase, step, microbatch, shown, len(known)), self._state[1] + 1, time.monotonic())
+
+    def touch(self) -> None:
+        """There is progress within the phase."""
+        progress, changes, _ = self._state
+        self._state = (progress, changes + 1, time.monotonic())
+
+    @property
+    def progress(self) -> Progress:
+        """Where the rank stands."""
+        return self._state[0]
+
+    def read(self) -> tuple[Progress, int, float]:
+        """Where the rank stands, how often that changed, and seconds since it last did; all of one moment."""
+        progress, changes, since = self._state
+        return progress, changes, time.monotonic() - since
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """A rank's status file.
+
+    Attributes:
+        token: of the start; a file of another start says nothing about this one.
+        rank: which.
+        world_size: number of ranks.
+        process: of the rank.
+        heartbeat: counts up with every write.
+        interval_s: seconds between writes.
+        progress: where it stands.
+        changes: how often `progress` was set.
+        idle_s: seconds since that was last done, by the rank's own clock.
+        ended: None while it works, "" once it ended in order, STOPPED, else the error that ended it.
+        written_at: local time with zone, for people.
+    """
+
+    token: str
+    rank: int
+    world_size: int
+    process: ProcessIdentity
+    heartbeat: int
+    interval_s: float
+    progress: Progress
+    changes: int
+    idle_s: float
+    ended: str | None
+    written_at: str
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error of its own ended it."""
+        return self.ended not in (None, "", STOPPED)
+
+    @property
+    def name(self) -> str:
+        """The rank as messages name it."""
+        return f"rank {self.rank} of {self.world_size} on {self.process.host} (pid {self.process.pid})"
+
+    @property
+    def last_seen(self) -> str:
+        """Place and samples."""
+        samples = self.progress.samples
+        return self.progress.place + (f", {samples}" if samples else "")
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+
+def parse_status(text: str) -> RankRecord | None:
+    """A status file's record; None where the text is none."""
+    try:
+        values = json.loads(text)
+        progress = values.pop("progress")
+        phase, keys = Phase(progress.pop("phase")), tuple(progress.pop("keys"))
+        process = ProcessIdentity(**values.pop("process"))
+        return RankRecord(**values, process=process, progress=Progress(**progress, phase=phase, keys=keys))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def status_path(out: Path, rank: int) -> Path:
+    """A rank's status file."""
+    return Path(out) / RANKS / f"rank-{rank:05d}.json"
+
+
+def read_status(out: Path, rank: int, token: str) -> RankRecord | None:
+    """A rank's record of this start; None where it wrote none yet, or the file system does not show it."""
+    try:
+        record = parse_status(status_path(out, rank).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return record if record is not None and record.token == token else None
+
+
+def read_statuses(out: Path) -> list[RankRecord]:
+    """Every rank's record of the newest start, in rank order; the newest is rank 0's."""
+    records = []
+    for path in sorted((Path(out) / RANKS).glob("rank-*.json")):
+        try:
+            record = parse_status(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        if record is not None and record.token == (records[0].token if records else record.token):
+            records.append(record)
+    return records
+
+
+def beats_per_write(world_size: int, heartbeat_s: float) -> int:
+    """Every how many heartbeats a rank writes its file, so that all of them together are gentle on the file system.
+
+    Up to 100 files a second are written whatever the number of ranks: with heartbeats of 5 s each of 500 ranks writes
+    at every one, each of 1,024 at every third.
+    """
+    return max(1, math.ceil(world_size / (WRITES_PER_S * heartbeat_s)))

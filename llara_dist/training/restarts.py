@@ -1,0 +1,86 @@
+"""Requeueing ends when it leads nowhere: OUT/starts.jsonl tells where each start began."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llara_dist.distributed import Job
+
+STARTS = "starts.jsonl"
+IDLE_RESTARTS = 2
+"""So many restarts in a row without a step done end the requeueing."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run.
+
+    Attributes:
+        job: scheduler's job; "" without a scheduler.
+        restart: how often the scheduler had requeued it.
+        first_step: optimizer steps done before it: 0, or its checkpoint's.
+        time: local time with zone, for people.
+    """
+
+    job: str
+    restart: int
+    first_step: int
+    time: str
+
+
+def read_starts(out: Path) -> list[Start]:
+    """All starts, oldest first; lines that a kill or a full disk tore are left out."""
+    path = Path(out) / STARTS
+    starts = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            starts.append(Start(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return starts
+
+
+def record_start(out: Path, job: Job, first_step: int) -> None:
+    """Append this start, durably; rank 0 calls it once it knows where the run begins."""
+    start = Start(job.name, job.restart, first_step, time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    path = Path(out) / STARTS
+    # A line that was torn before must not swallow this one.
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(dataclasses.asdict(start)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def idle_restarts(starts: Sequence[Start], done: int) -> int:
+    """How many restarts in a row, the current one last, got no step further.
+
+    A start that does nothing is followed by one at the same step, whether it was told to stop or crashed. Starts of
+    another job do not count: someone submitted the run anew. The first start of a run is no restart.
+
+    Args:
+        starts: oldest first, the current one last.
+        done: optimizer steps that the newest checkpoint holds.
+    """
+    count = 0
+    for earlier, later in zip(starts[-2::-1], starts[:0:-1], strict=True):
+        if later.first_step != done or earlier.job != later.job:
+            break
+        count += 1
+    return count
+
+
+def may_requeue(out: Path, done: int) -> bool:
+    """Whether a run that was told to stop should be started again.
+
+    Args:
+        out: the run's folder, in which this start is recorded.
+        done: optimizer steps that the newest checkpoint holds.
+    """
+    return idle_restarts(read_starts(out), done) < IDLE_RESTARTS

@@ -1,0 +1,283 @@
+"""The ranks of a run watch each other through files: when one dies or hangs, the others say which, and stop.
+
+No collective is used, since a collective is what hangs. Each rank has a thread that writes the rank's status file,
+looks at the next rank's file, and at how long its own main thread has made no progress. Whoever finds that the run
+cannot go on watches everybody's heartbeats for a moment and writes one report; an exclusively created file decides
+who does so. The report tells all the others to stop as well, with their stacks, whatever they are doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import time
+from pathlib import Path
+from typing import Self
+
+from llara_dist.distributed import World
+from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError
+from llara_dist.training.diagnosis import Diagnosis, Watched, diagnose
+from llara_dist.training.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
+from llara_dist.training.process_identity import this_process
+from llara_dist.training.rank_status import (
+    RANKS,
+    STOPPED,
+    Phase,
+    RankRecord,
+    RankStatus,
+    beats_per_write,
+    read_status,
+    status_path,
+)
+
+_LONGEST_GRACE_S = 30.0
+_STACKS_SHOWN = 3
+
+
+def may_come_from_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective may have raised this error because another rank is gone.
+
+    Gloo raises plain RuntimeErrors, torch.distributed its own subclasses. Bad input, a loss that is not finite and
+    full memory are of the rank's own making.
+    """
+    import torch
+
+    own = (RankLostError, RequeueError, torch.OutOfMemoryError, NotImplementedError, RecursionError)
+    return isinstance(error, RuntimeError) and not isinstance(error, own)
+
+
+class RankMonitor:
+    """Reports this rank's status while entered, and ends the process with exit code 70 when the run cannot go on.
+
+    It is entered by the main thread after the process group was joined and left before the group is. An error that
+    leaves it is looked into: where a collective raised because another rank is gone, `RankLostError` is raised in its
+    place, with the original as its cause; any other error goes on as it is, and the other ranks are told of it.
+
+    Limits: in data, forward, backward, reduce and step a rank may be without progress for `hang_timeout_s`; in the
+    other phases for any time (see `Phase.is_limited`). In all of them a rank that died, failed, or gave no sign of life
+    for `hang_timeout_s` ends the run, except that a checkpoint under way may be finished. Should the reporting thread
+    itself be stuck for more than twice the limit (a file system that does not answer, a call that never releases
+    Python's lock), stacks go to stderr and the process ends with exit code 1.
+
+    Args:
+        out: the run's folder, on a file system that all ranks see.
+        status: what the main thread sets.
+        world: where this process stands.
+        token: of this start, the same on every rank; `hold_run` gives it.
+        heartbeat_s: seconds between signs of life.
+        hang_timeout_s: longest time without progress.
+    """
+
+    def __init__(
+        self, out: Path, status: RankStatus, world: World, token: str, heartbeat_s: float, hang_timeout_s: float
+    ) -> None:
+        self.out = Path(out)
+        self.status = status
+        self._world = world
+        self._token = token
+        self._heartbeat_s = heartbeat_s
+        self._hang_timeout_s = hang_timeout_s
+        self._grace_s = min(hang_timeout_s, _LONGEST_GRACE_S)
+        self._beats_per_write = beats_per_write(world.size, heartbeat_s)
+        self._interval_s = heartbeat_s * self._beats_per_write
+        self._silence_s = silence_s(self._interval_s)
+        self._process = this_process()
+        self._beats = self._writes = 0
+        self._neighbour_seen: tuple[int, float] | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report lies once a rank was lost; its being there tells every rank to stop."""
+        return self.out / RANKS / f"lost-{self._token}.txt"
+
+    @property
+    def stacks_path(self) -> Path:
+        """Where this rank's stacks lie once it had to stop."""
+        return self._stacks_of(self._world.rank)
+
+    def __enter__(self) -> Self:
+        folder = self.out / RANKS
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stacks_path.unlink(missing_ok=True)
+        if self._world.is_main:
+            self._tidy(folder)
+        self._write()
+        # Spread, so that the ranks of a large run do not write all at once.
+        delay_s = self._heartbeat_s * (1 + self._world.rank / self._world.size)
+        self._arm_backstop()
+        self._heartbeat = Heartbeat(self._beat, self._heartbeat_s, delay_s, "rank monitor")
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = None
+        if error is not None and self._world.size > 1 and may_come_from_a_lost_rank(error):
+            self.status.touch()
+            lost = self._look_into()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        faulthandler.cancel_dump_traceback_later()
+        with contextlib.suppress(OSError):  # must not hide why the run ended
+            self._write(STOPPED if lost is not None or isinstance(error, RankLostError) else _ending(error))
+        if lost is not None:
+            raise RankLostError(lost) from error
+
+    @property
+    def _claim_path(self) -> Path:
+        return self.report_path.with_suffix(".claim")
+
+    def _stacks_of(self, rank: int) -> Path:
+        return self.out / RANKS / f"stacks-{rank:05d}.txt"
+
+    def _tidy(self, folder: Path) -> None:
+        """Remove what an earlier start with more ranks left, and what it claimed; its reports stay."""
+        for path in folder.glob("*-*"):
+            number = path.stem.rpartition("-")[2]
+            surplus = path.name.startswith(("rank-", "stacks-")) and int(number) >= self._world.size
+            if surplus or (path.suffix == ".claim" and path != self._claim_path):
+                path.unlink(missing_ok=True)
+
+    def _arm_backstop(self) -> None:
+        faulthandler.dump_traceback_later(2 * self._hang_timeout_s + 4 * self._silence_s, exit=True, file=2)
+
+    def _record(self, ended: str | None = None) -> RankRecord:
+        progress, changes, idle_s = self.status.read()
+        return RankRecord(
+            token=self._token,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            process=self._process,
+            heartbeat=self._writes,
+            interval_s=self._interval_s,
+            progress=progress,
+            changes=changes,
+            idle_s=round(idle_s, 3),
+            ended=ended,
+            written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+
+    def _write(self, ended: str | None = None) -> None:
+        self._writes += 1
+        path = status_path(self.out, self._world.rank)
+        replace_text(path, self._record(ended).to_json(), path.with_name(f".{path.name}.staging"))
+
+    def _beat(self) -> None:
+        self._arm_backstop()
+        self._beats += 1
+        progress, _, idle_s = self.status.read()
+        hangs = progress.phase.is_limited and idle_s > self._hang_timeout_s
+        if self._beats % self._beats_per_write == 0:
+            with contextlib.suppress(OSError):  # it may come back; the others see a silent rank meanwhile
+                self._write()
+            # An error that all ranks raise at once, and a checkpoint under way, come to their own end.
+            waits = idle_s > (self._hang_timeout_s if progress.phase is Phase.CHECKPOINT else self._grace_s)
+            hangs |= self._is_neighbour_gone() and waits
+            if self.report_path.exists():
+                hangs |= progress.phase is not Phase.CHECKPOINT or waits
+        if hangs:
+            self._stop()
+
+    def _is_neighbour_gone(self) -> bool:
+        """Whether the next rank failed, died or fell silent: one file a rank, and no rank goes unseen."""
+        if self._world.size == 1:
+            return False
+        record = read_status(self.out, (self._world.rank + 1) % self._world.size, self._token)
+        if record is None:
+            return False
+        now = time.monotonic()
+        if self._neighbour_seen is None or self._neighbour_seen[0] != record.heartbeat:
+            self._neighbour_seen = (record.heartbeat, now)
+        if record.ended is not None:
+            return record.has_failed
+        silent_s = now - self._neighbour_seen[1]
+        return silent_s > self._hang_timeout_s or record.process.is_running() is False
+
+    def _stop(self) -> None:
+        """End this process, with stacks and a reason."""
+        text = None
+        try:
+            self._write_stacks()
+            text = self._look_into(hangs=True)
+            self._write(STOPPED)
+        except OSError as error:
+            faulthandler.dump_traceback(2, all_threads=True)
+            text = text or f"and nothing can be said of the others: {error}"
+        if text is None:
+            text = f"no progress in {self.status.progress.place}, and no rank reported why; stacks: {self.stacks_path}"
+        os.write(2, f"rank {self._world.rank} stops: {text}\n".encode())
+        os._exit(EXIT_RANK_LOST)
+
+    def _write_stacks(self) -> None:
+        staging = self.stacks_path.with_name(f".{self.stacks_path.name}.staging")
+        with open(staging, "w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        os.replace(staging, self.stacks_path)
+
+    def _look_into(self, hangs: bool = False) -> str | None:
+        """Find out what became of the other ranks, or learn what another rank found out.
+
+        Args:
+            hangs: whether the run cannot go on even if every rank gives signs of life.
+
+        Returns:
+            On one rank the whole report, on the others its first line; None where no rank is gone.
+        """
+        claim = self._claim_path
+        staging = claim.with_name(f".{claim.name}.{self._world.rank}.staging")
+        deadline = time.monotonic() + 3 * self._silence_s
+        while not self.report_path.exists() and time.monotonic() < deadline:
+            if create_exclusively(claim, f"rank {self._world.rank}\n", staging):
+                diagnosis = self._watch()
+                if hangs or diagnosis.is_rank_gone:
+                    return self._report(diagnosis)
+                claim.unlink(missing_ok=True)
+                return None
+            while claim.exists() and not self.report_path.exists() and time.monotonic() < deadline:
+                time.sleep(self._heartbeat_s / 4)
+            if not hangs and not self.report_path.exists():
+                return None
+        if not self.report_path.exists():
+            return None
+        first = self.report_path.read_text(encoding="utf-8").partition("\n")[0]
+        return f"{first} (more in {self.report_path})"
+
+    def _watch(self) -> Diagnosis:
+        """Watch every rank's heartbeat until it has moved, or could have moved three times."""
+        began = time.monotonic()
+        first: dict[int, int] = {}
+        watched: dict[int, Watched] = {}
+        unsettled = set(range(self._world.size)) - {self._world.rank}
+        while unsettled and time.monotonic() < began + self._silence_s:
+            for rank in sorted(unsettled):
+                record = read_status(self.out, rank, self._token)
+                if record is None:
+                    continue
+                moved = record.heartbeat != first.setdefault(rank, record.heartbeat)
+                watched[rank] = Watched(record, moved, record.process.is_running())
+                if watched[rank].is_settled:
+                    unsettled.discard(rank)
+            time.sleep(min(self._heartbeat_s / 2, 1.0))
+        watched[self._world.rank] = Watched(self._record(), moved=True, running=True)
+        return diagnose(watched, self._world.size, time.monotonic() - began)
+
+    def _report(self, diagnosis: Diagnosis) -> str:
+        """Write the report, which stops every other rank, and add the stacks of those who hold up the rest."""
+        lines = diagnosis.lines(str(self._stacks_of(0)).replace("00000", "*"))
+        staging = self.report_path.with_name(f".{self.report_path.name}.staging")
+        replace_text(self.report_path, "\n".join(lines) + "\n", staging)
+        ranks = [record.rank for record in diagnosis.behind or diagnosis.waiting][:_STACKS_SHOWN]
+        if not diagnosis.is_rank_gone:
+            deadline = time.monotonic() + self._silence_s
+            while not all(self._stacks_of(rank).exists() for rank in ranks) and time.monotonic() < deadline:
+                time.sleep(self._heartbeat_s / 4)
+            for rank in ranks:
+                with contextlib.suppress(FileNotFoundError):
+                    lines += [f"stacks of rank {rank}:", self._stacks_of(rank).read_text(errors="replace").rstrip()]
+        return "\n".join(lines)
+
+
+def _ending(error: BaseException | None) -> str:
+    if error is None or isinstance(error, RequeueError):
+        return ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
