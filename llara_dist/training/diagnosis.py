@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from llara_dist.training.rank_status import RankRecord
+from llara_dist.training.rank_status import KILLED, RankRecord
 
 RANKS_NAMED = 8
 
@@ -72,8 +72,9 @@ class Diagnosis:
             for r in self.dead
         ]
         said += [
-            f"{r.name} is silent: no sign of life for {self.watched_s:.1f} s (killed, stopped, its node lost, or "
-            f"stuck in a call that lets no other thread run); last seen in {r.last_seen}"
+            f"{r.name} is silent: no sign of life while watched for {self.watched_s:.1f} s, the last at "
+            f"{r.written_at} (killed, suspended, its node lost, or stuck in a call that lets no other thread run); "
+            f"last seen in {r.last_seen}"
             for r in self.silent
         ]
         if self.missing:
@@ -110,6 +111,7 @@ def diagnose(watched: Mapping[int, Watched], world_size: int, watched_s: float) 
     """
     ended = [w.record for w in watched.values() if w.record.ended is not None]
     open_ended = [w for w in watched.values() if w.record.ended is None]
+    killed = [r for r in ended if r.ended == KILLED]
     gone = [w for w in open_ended if not w.moved or w.running is False]
     alive = [w.record for w in open_ended if w.moved and w.running is not False]
     earliest = min((r.progress.position for r in alive), default=None)
@@ -118,7 +120,7 @@ def diagnose(watched: Mapping[int, Watched], world_size: int, watched_s: float) 
         behind = []  # all at the same place: nobody holds up the others
     return Diagnosis(
         failed=_ascending(r for r in ended if r.has_failed),
-        dead=_ascending(w.record for w in gone if w.running is False),
+        dead=_ascending([*killed, *(w.record for w in gone if w.running is False)]),
         silent=_ascending(w.record for w in gone if w.running is not False),
         missing=tuple(sorted(set(range(world_size)) - watched.keys())),
         finished=_ascending(r for r in ended if r.ended == ""),

@@ -29,13 +29,13 @@ class ProcessIdentity:
         """Whether the process lives; None where this cannot be known from here: another host or container."""
         if not self.machine or self.machine != _machine():
             return None
-        state, started = _process_state(self.pid)
+        state, started = process_state(self.pid)
         return state not in ("", "Z", "X") and started == self.started
 
 
 def this_process() -> ProcessIdentity:
     """The calling process."""
-    _, started = _process_state(os.getpid())
+    _, started = process_state(os.getpid())
     return ProcessIdentity(host=socket.gethostname(), machine=_machine(), pid=os.getpid(), started=started)
 
 
@@ -47,7 +47,7 @@ def _machine() -> str:
         return ""
 
 
-def _process_state(pid: int) -> tuple[str, int]:
+def process_state(pid: int) -> tuple[str, int]:
     """State letter and start time in clock ticks (proc(5), fields 3 and 22); ("", 0) where there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

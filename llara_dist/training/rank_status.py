@@ -5,113 +5,41 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
+from llara_dist.training.heartbeat import replace_text
 from llara_dist.training.process_identity import ProcessIdentity
+from llara_dist.training.progress import KEYS_SHOWN, Phase, Progress
+from llara_dist.training.shared_place import SharedPlace
 
 RANKS = "ranks"
 WRITES_PER_S = 100.0
 """Most status files a second that all ranks together write."""
-KEYS_SHOWN = 8
 STOPPED = "stopped because of another rank"
 """How a rank ended that was itself in order."""
-
-
-class Phase(StrEnum):
-    """Where a rank is, in the order of a run and of a step."""
-
-    STARTING = "starting"
-    LOADING = "loading"
-    DATA = "data"
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    REDUCE = "reduce"
-    STEP = "step"
-    VALIDATION = "validation"
-    CHECKPOINT = "checkpoint"
-    FINISHED = "finished"
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether a rank that stays in it without progress hangs.
-
-        Starting and loading last as long as the weights take, validation and checkpoint as long as the slowest rank;
-        ranks that wait there for another one cannot tell. They have no limit of their own: a rank that died is
-        noticed there as well, one that hangs once a rank elsewhere waits for it.
-        """
-        return self in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.STEP)
-
-
-_PART_OF_STEP = {
-    Phase.STARTING: 0,
-    Phase.LOADING: 1,
-    Phase.DATA: 2,
-    Phase.FORWARD: 3,
-    Phase.BACKWARD: 3,
-    Phase.REDUCE: 4,
-    Phase.STEP: 5,
-    Phase.VALIDATION: 6,
-    Phase.CHECKPOINT: 7,
-    Phase.FINISHED: 8,
-}
-"""Forward and backward take turns, micro-batch by micro-batch; between them the micro-batch's number decides."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a rank stands.
-
-    Attributes:
-        phase: what it is doing.
-        step: optimizer step, 0-based; −1 before the first.
-        microbatch: of this rank in the step, 0-based.
-        keys: the first sample keys of the micro-batch (or of the step).
-        num_keys: how many there are.
-    """
-
-    phase: Phase = Phase.STARTING
-    step: int = -1
-    microbatch: int = 0
-    keys: tuple[int, ...] = ()
-    num_keys: int = 0
-
-    @property
-    def position(self) -> tuple[int, int, int, bool]:
-        """Orders ranks: who is behind has the smaller one. Equal for ranks at the same place."""
-        part = _PART_OF_STEP[self.phase]
-        inside = part == _PART_OF_STEP[Phase.FORWARD]
-        return self.step, part, self.microbatch if inside else 0, inside and self.phase is Phase.BACKWARD
-
-    @property
-    def place(self) -> str:
-        """For people: "step 17, micro-batch 2, backward"."""
-        if self.step < 0:
-            return str(self.phase)
-        if self.phase in (Phase.FORWARD, Phase.BACKWARD):
-            return f"step {self.step}, micro-batch {self.microbatch}, {self.phase}"
-        return f"step {self.step}, {self.phase}"
-
-    @property
-    def samples(self) -> str:
-        """For people: "sample keys 5, 9, … (12 in all)"; "" where none are known."""
-        if not self.keys:
-            return ""
-        more = f", … ({self.num_keys} in all)" if self.num_keys > len(self.keys) else ""
-        return f"sample keys {', '.join(map(str, self.keys))}{more}"
+KILLED = "killed"
+"""How a rank ended that could not say so itself; another rank of its host wrote it."""
 
 
 class RankStatus:
     """This rank's progress, set by the main thread, read by the thread that reports it.
 
-    Setting it is one assignment of an immutable value: no lock, no file, about a microsecond.
+    Setting it is one assignment of an immutable value and a few words of memory: no lock, no system call.
     """
 
     def __init__(self) -> None:
         self._state = (Progress(), 0, time.monotonic())
+        self._shared: SharedPlace | None = None
+
+    def share(self, place: SharedPlace | None) -> None:
+        """From now on write every change to `place` as well; None ends that."""
+        self._shared = place
+        if place is not None:
+            place.write(self.progress)
 
     def enter(self, phase: Phase, step: int = -1, microbatch: int = 0, keys: Iterable[int] = ()) -> None:
         """A phase begins.
@@ -124,7 +52,10 @@ class RankStatus:
         """
         known = tuple(keys)
         shown = tuple(int(key) for key in known[:KEYS_SHOWN])
-        self._state = (Progress(phase, step, microbatch, shown, len(known)), self._state[1] + 1, time.monotonic())
+        progress = Progress(phase, step, microbatch, shown, len(known))
+        self._state = (progress, self._state[1] + 1, time.monotonic())
+        if self._shared is not None:
+            self._shared.write(progress)
 
     def touch(self) -> None:
         """There is progress within the phase."""
@@ -156,7 +87,7 @@ class RankRecord:
         progress: where it stands.
         changes: how often `progress` was set.
         idle_s: seconds since that was last done, by the rank's own clock.
-        ended: None while it works, "" once it ended in order, STOPPED, else the error that ended it.
+        ended: None while it works, "" once it ended in order, STOPPED, KILLED, else the error that ended it.
         written_at: local time with zone, for people.
     """
 
@@ -175,7 +106,7 @@ class RankRecord:
     @property
     def has_failed(self) -> bool:
         """Whether an error of its own ended it."""
-        return self.ended not in (None, "", STOPPED)
+        return self.ended not in (None, "", STOPPED, KILLED)
 
     @property
     def name(self) -> str:
@@ -217,6 +148,12 @@ def read_status(out: Path, rank: int, token: str) -> RankRecord | None:
     except (OSError, UnicodeDecodeError):
         return None
     return record if record is not None and record.token == token else None
+
+
+def write_status(out: Path, record: RankRecord) -> None:
+    """Write a rank's file: its own, or that of a rank that was killed."""
+    path = status_path(out, record.rank)
+    replace_text(path, record.to_json(), path.with_name(f".{path.name}.{os.getpid()}.staging"))
 
 
 def read_statuses(out: Path) -> list[RankRecord]:

@@ -9,9 +9,11 @@ who does so. The report tells all the others to stop as well, with their stacks,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import Self
 
@@ -20,15 +22,23 @@ from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError
 from llara_dist.training.diagnosis import Diagnosis, Watched, diagnose
 from llara_dist.training.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
 from llara_dist.training.process_identity import this_process
+from llara_dist.training.progress import Phase
 from llara_dist.training.rank_status import (
+    KILLED,
     RANKS,
     STOPPED,
-    Phase,
     RankRecord,
     RankStatus,
     beats_per_write,
     read_status,
-    status_path,
+    write_status,
+)
+from llara_dist.training.shared_place import (
+    SharedPlace,
+    ranks_of_this_host,
+    read_shared_place,
+    remove_abandoned_places,
+    shared_place_path,
 )
 
 _LONGEST_GRACE_S = 30.0
@@ -85,6 +95,7 @@ class RankMonitor:
         self._process = this_process()
         self._beats = self._writes = 0
         self._neighbour_seen: tuple[int, float] | None = None
+        self._place: SharedPlace | None = None
         self._heartbeat: Heartbeat | None = None
 
     @property
@@ -103,6 +114,10 @@ class RankMonitor:
         self.stacks_path.unlink(missing_ok=True)
         if self._world.is_main:
             self._tidy(folder)
+        remove_abandoned_places()
+        with contextlib.suppress(OSError):  # without it the others know this rank's place of some seconds ago
+            self._place = SharedPlace(self._token, self._world.rank)
+            self.status.share(self._place)
         self._write()
         # Spread, so that the ranks of a large run do not write all at once.
         delay_s = self._heartbeat_s * (1 + self._world.rank / self._world.size)
@@ -115,11 +130,17 @@ class RankMonitor:
         if error is not None and self._world.size > 1 and may_come_from_a_lost_rank(error):
             self.status.touch()
             lost = self._look_into()
+            if lost is not None:
+                with contextlib.suppress(OSError):
+                    self._write_stacks(error)
         if self._heartbeat is not None:
             self._heartbeat.stop()
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):  # must not hide why the run ended
             self._write(STOPPED if lost is not None or isinstance(error, RankLostError) else _ending(error))
+        self.status.share(None)
+        if self._place is not None:
+            self._place.remove()
         if lost is not None:
             raise RankLostError(lost) from error
 
@@ -159,8 +180,7 @@ class RankMonitor:
 
     def _write(self, ended: str | None = None) -> None:
         self._writes += 1
-        path = status_path(self.out, self._world.rank)
-        replace_text(path, self._record(ended).to_json(), path.with_name(f".{path.name}.staging"))
+        write_status(self.out, self._record(ended))
 
     def _beat(self) -> None:
         self._arm_backstop()
@@ -189,9 +209,11 @@ class RankMonitor:
         if self._neighbour_seen is None or self._neighbour_seen[0] != record.heartbeat:
             self._neighbour_seen = (record.heartbeat, now)
         if record.ended is not None:
-            return record.has_failed
-        silent_s = now - self._neighbour_seen[1]
-        return silent_s > self._hang_timeout_s or record.process.is_running() is False
+            return record.has_failed or record.ended == KILLED
+        if record.process.is_running() is False:
+            self._speak_for_the_killed()
+            return True
+        return now - self._neighbour_seen[1] > self._hang_timeout_s
 
     def _stop(self) -> None:
         """End this process, with stacks and a reason."""
@@ -200,6 +222,8 @@ class RankMonitor:
             self._write_stacks()
             text = self._look_into(hangs=True)
             self._write(STOPPED)
+            if self._place is not None:
+                self._place.remove()
         except OSError as error:
             faulthandler.dump_traceback(2, all_threads=True)
             text = text or f"and nothing can be said of the others: {error}"
@@ -208,11 +232,25 @@ class RankMonitor:
         os.write(2, f"rank {self._world.rank} stops: {text}\n".encode())
         os._exit(EXIT_RANK_LOST)
 
-    def _write_stacks(self) -> None:
+    def _write_stacks(self, error: BaseException | None = None) -> None:
+        """Every thread's stack as it is now, or where an error came from."""
         staging = self.stacks_path.with_name(f".{self.stacks_path.name}.staging")
         with open(staging, "w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+            if error is None:
+                faulthandler.dump_traceback(file, all_threads=True)
+            else:
+                traceback.print_exception(error, file=file)
         os.replace(staging, self.stacks_path)
+
+    def _speak_for_the_killed(self) -> None:
+        """Write the last place of this host's killed ranks, whose processes and memory no other host sees."""
+        for rank in ranks_of_this_host(self._token):
+            record = read_status(self.out, rank, self._token)
+            place = read_shared_place(self._token, rank)
+            if record is None or place is None or record.ended is not None or record.process.is_running() is not False:
+                continue
+            write_status(self.out, dataclasses.replace(record, progress=place, ended=KILLED))
+            shared_place_path(self._token, rank).unlink(missing_ok=True)
 
     def _look_into(self, hangs: bool = False) -> str | None:
         """Find out what became of the other ranks, or learn what another rank found out.
@@ -223,6 +261,7 @@ class RankMonitor:
         Returns:
             On one rank the whole report, on the others its first line; None where no rank is gone.
         """
+        self._speak_for_the_killed()
         claim = self._claim_path
         staging = claim.with_name(f".{claim.name}.{self._world.rank}.staging")
         deadline = time.monotonic() + 3 * self._silence_s
@@ -254,7 +293,11 @@ class RankMonitor:
                 if record is None:
                     continue
                 moved = record.heartbeat != first.setdefault(rank, record.heartbeat)
-                watched[rank] = Watched(record, moved, record.process.is_running())
+                running = record.process.is_running()
+                if running and not moved:  # suspended, or nothing but the main thread runs: here its place is known
+                    place = read_shared_place(self._token, rank)
+                    record = record if place is None else dataclasses.replace(record, progress=place)
+                watched[rank] = Watched(record, moved, running)
                 if watched[rank].is_settled:
                     unsettled.discard(rank)
             time.sleep(min(self._heartbeat_s / 2, 1.0))
