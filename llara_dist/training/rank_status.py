@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -153,7 +154,9 @@ def read_status(out: Path, rank: int, token: str) -> RankRecord | None:
 def write_status(out: Path, record: RankRecord) -> None:
     """Write a rank's file: its own, or that of a rank that was killed."""
     path = status_path(out, record.rank)
-    replace_text(path, record.to_json(), path.with_name(f".{path.name}.{os.getpid()}.staging"))
+    replace_text(
+        path, record.to_json(), path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.staging")
+    )
 
 
 def read_statuses(out: Path) -> list[RankRecord]:

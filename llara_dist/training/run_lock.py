@@ -179,7 +179,7 @@ class RunLock:
         if not create_exclusively(self.path, self._record.to_json(), self._staging):
             return False
         # The number may have been used and tidied away while this process was slow.
-        if self._numbers()[-1] != self._number:
+        if self._numbers()[-1:] != [self._number]:
             self.path.unlink(missing_ok=True)
             return False
         for number in numbers[:-1]:  # the last one stays: it tells who worked here before

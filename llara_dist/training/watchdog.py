@@ -9,17 +9,18 @@ who does so. The report tells all the others to stop as well, with their stacks,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import os
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from llara_dist.distributed import World
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError
-from llara_dist.training.diagnosis import Diagnosis, Watched, diagnose
+from llara_dist.training.diagnosis import Diagnosis
 from llara_dist.training.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
 from llara_dist.training.process_identity import this_process
 from llara_dist.training.progress import Phase
@@ -33,13 +34,8 @@ from llara_dist.training.rank_status import (
     read_status,
     write_status,
 )
-from llara_dist.training.shared_place import (
-    SharedPlace,
-    ranks_of_this_host,
-    read_shared_place,
-    remove_abandoned_places,
-    shared_place_path,
-)
+from llara_dist.training.roll_call import call_roll, speak_for_the_killed
+from llara_dist.training.shared_place import SharedPlace, remove_abandoned_places
 
 _LONGEST_GRACE_S = 30.0
 _STACKS_SHOWN = 3
@@ -129,14 +125,14 @@ class RankMonitor:
         lost = None
         if error is not None and self._world.size > 1 and may_come_from_a_lost_rank(error):
             self.status.touch()
-            lost = self._look_into()
-            if lost is not None:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # must not hide why the run ended
+                lost = self._look_into()
+                if lost is not None:
                     self._write_stacks(error)
         if self._heartbeat is not None:
             self._heartbeat.stop()
         faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):  # must not hide why the run ended
+        with contextlib.suppress(OSError):
             self._write(STOPPED if lost is not None or isinstance(error, RankLostError) else _ending(error))
         self.status.share(None)
         if self._place is not None:
@@ -211,7 +207,7 @@ class RankMonitor:
         if record.ended is not None:
             return record.has_failed or record.ended == KILLED
         if record.process.is_running() is False:
-            self._speak_for_the_killed()
+            speak_for_the_killed(self.out, self._token)
             return True
         return now - self._neighbour_seen[1] > self._hang_timeout_s
 
@@ -226,11 +222,12 @@ class RankMonitor:
                 self._place.remove()
         except OSError as error:
             faulthandler.dump_traceback(2, all_threads=True)
-            text = text or f"and nothing can be said of the others: {error}"
-        if text is None:
-            text = f"no progress in {self.status.progress.place}, and no rank reported why; stacks: {self.stacks_path}"
-        os.write(2, f"rank {self._world.rank} stops: {text}\n".encode())
-        os._exit(EXIT_RANK_LOST)
+            text = text or f"no progress in {self.status.progress.place}, and the run's folder does not answer: {error}"
+        finally:
+            text = text or f"no progress in {self.status.progress.place}, and no rank reported why"
+            with contextlib.suppress(OSError):
+                os.write(2, f"rank {self._world.rank} stops: {text}\n".encode())
+            os._exit(EXIT_RANK_LOST)
 
     def _write_stacks(self, error: BaseException | None = None) -> None:
         """Every thread's stack as it is now, or where an error came from."""
@@ -242,16 +239,6 @@ class RankMonitor:
                 traceback.print_exception(error, file=file)
         os.replace(staging, self.stacks_path)
 
-    def _speak_for_the_killed(self) -> None:
-        """Write the last place of this host's killed ranks, whose processes and memory no other host sees."""
-        for rank in ranks_of_this_host(self._token):
-            record = read_status(self.out, rank, self._token)
-            place = read_shared_place(self._token, rank)
-            if record is None or place is None or record.ended is not None or record.process.is_running() is not False:
-                continue
-            write_status(self.out, dataclasses.replace(record, progress=place, ended=KILLED))
-            shared_place_path(self._token, rank).unlink(missing_ok=True)
-
     def _look_into(self, hangs: bool = False) -> str | None:
         """Find out what became of the other ranks, or learn what another rank found out.
 
@@ -261,19 +248,18 @@ class RankMonitor:
         Returns:
             On one rank the whole report, on the others its first line; None where no rank is gone.
         """
-        self._speak_for_the_killed()
+        speak_for_the_killed(self.out, self._token)
         claim = self._claim_path
-        staging = claim.with_name(f".{claim.name}.{self._world.rank}.staging")
+        staging = claim.with_name(f".{claim.name}.{self._world.rank}.{threading.get_native_id()}.staging")
         deadline = time.monotonic() + 3 * self._silence_s
         while not self.report_path.exists() and time.monotonic() < deadline:
             if create_exclusively(claim, f"rank {self._world.rank}\n", staging):
-                diagnosis = self._watch()
+                diagnosis = call_roll(self.out, self._record(), self._silence_s)
                 if hangs or diagnosis.is_rank_gone:
                     return self._report(diagnosis)
                 claim.unlink(missing_ok=True)
                 return None
-            while claim.exists() and not self.report_path.exists() and time.monotonic() < deadline:
-                time.sleep(self._heartbeat_s / 4)
+            self._wait_for(lambda: self.report_path.exists() or not claim.exists(), deadline)
             if not hangs and not self.report_path.exists():
                 return None
         if not self.report_path.exists():
@@ -281,28 +267,14 @@ class RankMonitor:
         first = self.report_path.read_text(encoding="utf-8").partition("\n")[0]
         return f"{first} (more in {self.report_path})"
 
-    def _watch(self) -> Diagnosis:
-        """Watch every rank's heartbeat until it has moved, or could have moved three times."""
-        began = time.monotonic()
-        first: dict[int, int] = {}
-        watched: dict[int, Watched] = {}
-        unsettled = set(range(self._world.size)) - {self._world.rank}
-        while unsettled and time.monotonic() < began + self._silence_s:
-            for rank in sorted(unsettled):
-                record = read_status(self.out, rank, self._token)
-                if record is None:
-                    continue
-                moved = record.heartbeat != first.setdefault(rank, record.heartbeat)
-                running = record.process.is_running()
-                if running and not moved:  # suspended, or nothing but the main thread runs: here its place is known
-                    place = read_shared_place(self._token, rank)
-                    record = record if place is None else dataclasses.replace(record, progress=place)
-                watched[rank] = Watched(record, moved, running)
-                if watched[rank].is_settled:
-                    unsettled.discard(rank)
-            time.sleep(min(self._heartbeat_s / 2, 1.0))
-        watched[self._world.rank] = Watched(self._record(), moved=True, running=True)
-        return diagnose(watched, self._world.size, time.monotonic() - began)
+    def _wait_for(self, condition: Callable[[], bool], deadline: float) -> None:
+        """Wait with signs of life: whoever calls the roll meanwhile must hear this rank."""
+        written = time.monotonic()
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(self._heartbeat_s / 4)
+            if time.monotonic() - written >= self._interval_s:
+                self._write()
+                written = time.monotonic()
 
     def _report(self, diagnosis: Diagnosis) -> str:
         """Write the report, which stops every other rank, and add the stacks of those who hold up the rest."""
@@ -312,8 +284,7 @@ class RankMonitor:
         ranks = [record.rank for record in diagnosis.behind or diagnosis.waiting][:_STACKS_SHOWN]
         if not diagnosis.is_rank_gone:
             deadline = time.monotonic() + self._silence_s
-            while not all(self._stacks_of(rank).exists() for rank in ranks) and time.monotonic() < deadline:
-                time.sleep(self._heartbeat_s / 4)
+            self._wait_for(lambda: all(self._stacks_of(rank).exists() for rank in ranks), deadline)
             for rank in ranks:
                 with contextlib.suppress(FileNotFoundError):
                     lines += [f"stacks of rank {rank}:", self._stacks_of(rank).read_text(errors="replace").rstrip()]

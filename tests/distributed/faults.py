@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llara_dist.distributed import World
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError
+from llara_dist.training import process_identity
 from llara_dist.training.progress import Phase
 from llara_dist.training.rank_status import RankStatus
 from llara_dist.training.watchdog import RankMonitor
@@ -25,6 +26,9 @@ STEP = 5
 KEYS = tuple(range(100, 112))
 HANG_TIMEOUT_S = 3.0
 
+ALONE_ON_A_HOST = {"kill, with rank 0 elsewhere": 0, "kill, alone on a host": 2}
+"""Ranks that pretend to run on another host than the rest: neither side can look at the other's processes."""
+
 
 def fault_at(phase: Phase, step: int, fault: str) -> None:
     """What the last rank does."""
@@ -33,7 +37,7 @@ def fault_at(phase: Phase, step: int, fault: str) -> None:
     if phase is Phase.DATA and fault == "spin":
         while True:
             pass
-    if phase is Phase.FORWARD and fault == "kill":
+    if phase is Phase.FORWARD and fault.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if phase is Phase.FORWARD and fault == "suspend":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -62,6 +66,8 @@ def run_steps(rank: int, size: int, folder: Path, fault: str) -> None:
     import torch
     import torch.distributed
 
+    if ALONE_ON_A_HOST.get(fault) == rank:
+        process_identity._machine = lambda: "another machine"
     status = RankStatus()
     tensor = torch.ones(4)
     with RankMonitor(folder / "run", status, World(rank, rank, size), folder.name, 0.2, HANG_TIMEOUT_S):

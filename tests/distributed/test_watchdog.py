@@ -31,11 +31,21 @@ def require_told(survivors: list[Ended], folder: Path, *parts: str) -> None:
     assert "reduce: ranks 0–1" in text
 
 
-def test_a_killed_rank(tmp_path: Path) -> None:
-    *survivors, killed = run_with_fault("kill", tmp_path)
+@pytest.mark.parametrize("fault", ["kill", "kill, with rank 0 elsewhere"])
+def test_a_killed_rank(fault: str, tmp_path: Path) -> None:
+    *survivors, killed = run_with_fault(fault, tmp_path)
     assert killed.code == -9
     require_told(survivors, tmp_path, "is dead: ", "micro-batch 0, forward")
     assert [record.ended for record in read_statuses(tmp_path / "run")] == [STOPPED, STOPPED, KILLED]
+
+
+def test_a_killed_rank_of_which_its_host_tells_nothing(tmp_path: Path) -> None:
+    *survivors, _ = run_with_fault("kill, alone on a host", tmp_path)
+    for survivor in survivors:
+        assert survivor.code == EXIT_RANK_LOST
+        assert "rank 2 of 3 on " in survivor.said
+        assert "is silent: " in survivor.said
+    assert [record.ended for record in read_statuses(tmp_path / "run")] == [STOPPED, STOPPED, None]
 
 
 @pytest.mark.long
