@@ -79,6 +79,10 @@ def run_steps(rank: int, size: int, folder: Path, fault: str) -> None:
                     fault_at(phase, step, fault)
                 if fault == "fail everywhere" and step == STEP and phase is Phase.FORWARD:
                     raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+                if fault == "die while all validate" and step == STEP and phase is Phase.VALIDATION:
+                    if rank == size - 1:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    time.sleep(1000)  # no collective that could notice, and no limit of its own
                 if phase is Phase.REDUCE:
                     torch.distributed.all_reduce(tensor)
 

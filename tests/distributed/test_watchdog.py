@@ -48,6 +48,25 @@ def test_a_killed_rank_of_which_its_host_tells_nothing(tmp_path: Path) -> None:
     assert [record.ended for record in read_statuses(tmp_path / "run")] == [STOPPED, STOPPED, None]
 
 
+def test_a_rank_that_dies_where_no_collective_and_no_limit_tells(tmp_path: Path) -> None:
+    *survivors, _ = run_with_fault("die while all validate", tmp_path)
+    for rank, survivor in enumerate(survivors):
+        assert survivor.code == EXIT_RANK_LOST
+        assert "rank 2 of 3 on " in survivor.said
+        assert f"is dead: its process ended without a word, as when it is killed; last seen in step {STEP}, val" in (
+            survivor.said
+        )
+        assert "in run_steps" in (tmp_path / "run" / "ranks" / f"stacks-{rank:05d}.txt").read_text()
+
+
+def test_a_process_alone_that_hangs(tmp_path: Path) -> None:
+    (hung,) = run_with_fault("spin", tmp_path, size=1)
+    assert hung.code == EXIT_RANK_LOST
+    assert "rank 0 of 1 on " in hung.said
+    assert f"hangs: no progress for 3 s in step {STEP}, data, {SAMPLES}" in hung.said
+    assert "in fault_at" in hung.said
+
+
 @pytest.mark.long
 def test_a_suspended_rank(tmp_path: Path) -> None:
     *survivors, _ = run_with_fault("suspend", tmp_path)
