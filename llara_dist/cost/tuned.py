@@ -1,0 +1,99 @@
+"""What is tuned and how it is held: a Llama's dimensions with adapters, projector, number formats and recomputation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from llara_dist.config import RunConfig
+from llara_dist.cost.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A HybridLlama by its sizes.
+
+    Attributes:
+        architecture: of the frozen language model.
+        item_dim: d, width of the item table.
+        items: rows of the item table.
+        rank: of the adapters.
+        targets: names of the linear maps that get an adapter.
+        dropout: on the adapters' input.
+        projector_hidden: width between the projector's layers.
+        bits: 4 = NF4 with double quantisation, 16 = bfloat16, 32 = float32.
+        bfloat16: whether matrix products run in bfloat16, else float32.
+        attention: packed, sdpa or eager, as in `model.attention`.
+        recompute: whether each layer's activations are recomputed in the backward pass.
+    """
+
+    architecture: Architecture
+    item_dim: int = 64
+    items: int = 1682
+    rank: int = 8
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    dropout: float = 0.1
+    projector_hidden: int = 4096
+    bits: Literal[4, 16, 32] = 4
+    bfloat16: bool = True
+    attention: Literal["packed", "sdpa", "eager"] = "packed"
+    recompute: bool = False
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, architecture: Architecture, item_table: tuple[int, int], bfloat16: bool
+    ) -> TunedModel:
+        """What a run tunes.
+
+        Args:
+            config: the run.
+            architecture: of its language model.
+            item_table: (items, d).
+            bfloat16: what `model.compute_dtype` comes to on the device.
+        """
+        return cls(
+            architecture=architecture,
+            item_dim=item_table[1],
+            items=item_table[0],
+            rank=config.lora.rank,
+            targets=config.lora.targets,
+            dropout=config.lora.dropout,
+            projector_hidden=config.projector.hidden_dim or architecture.hidden,
+            bits=config.model.bits,
+            bfloat16=bfloat16,
+            attention=config.model.attention,
+            recompute=config.model.activation_checkpointing,
+        )
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element in matrix products."""
+        return 2 if self.bfloat16 else 4
+
+    @cached_property
+    def adapter_sizes(self) -> list[int]:
+        """Elements of each LoRA matrix of one layer."""
+        return [math.prod(shape) for shape in self.architecture.adapter_shapes(self.rank, self.targets)]
+
+    @property
+    def adapter_weights(self) -> int:
+        """Elements of all LoRA matrices."""
+        return self.architecture.layers * sum(self.adapter_sizes)
+
+    @property
+    def projector_sizes(self) -> list[int]:
+        """Elements of the projector's weight, bias, weight, bias."""
+        middle, hidden = self.projector_hidden, self.architecture.hidden
+        return [self.item_dim * middle, middle, middle * hidden, hidden]
+
+    @property
+    def projector_weights(self) -> int:
+        """Elements of the projector."""
+        return sum(self.projector_sizes)
+
+    @property
+    def trainable(self) -> int:
+        """Elements that are trained, in float32."""
+        return self.adapter_weights + self.projector_weights

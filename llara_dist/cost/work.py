@@ -1,0 +1,115 @@
+"""How much there is to compute: the sizes of micro-batches that arithmetic and activations depend on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from llara_dist.stream.batch import Batch
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of one packed row, or their sums over several.
+
+    Attributes:
+        tokens: T, positions.
+        pairs: Σ L(L + 1)/2 over the samples' lengths L: (query, key) pairs of causal attention.
+        padded_tokens: N·L_max, cells of the block that packed attention works on.
+        padded_pairs: N·L_max(L_max + 1)/2.
+        row_pairs: T², what attention without packing computes.
+        answer_tokens: labels; the head runs at these positions only.
+        slots: positions that behaviour embeddings are written to.
+        items: distinct items, rows that the projector maps.
+    """
+
+    tokens: int
+    pairs: int
+    padded_tokens: int
+    padded_pairs: int
+    row_pairs: int
+    answer_tokens: int
+    slots: int
+    items: int
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Work:
+        """Sizes of micro-batches whose tensors are on the host."""
+        total = cls(0, 0, 0, 0, 0, 0, 0, 0)
+        for batch in batches:
+            lengths = batch.cu_seqlens.diff().tolist()
+            longest, tokens = batch.max_seqlen, batch.num_tokens
+            total += cls(
+                tokens=tokens,
+                pairs=sum(length * (length + 1) // 2 for length in lengths),
+                padded_tokens=len(lengths) * longest,
+                padded_pairs=len(lengths) * longest * (longest + 1) // 2,
+                row_pairs=tokens**2,
+                answer_tokens=batch.answer_tokens,
+                slots=int(batch.slot_positions.shape[0]),
+                items=int(batch.unique_items.shape[0]),
+            )
+        return total
+
+    def __add__(self, other: Work) -> Work:
+        mine, theirs = vars(self), vars(other)
+        return Work(**{name: mine[name] + theirs[name] for name in mine})
+
+    def computed_pairs(self, attention: Literal["packed", "sdpa", "eager"]) -> int:
+        """(Query, key) pairs that an implementation of attention computes, padding and masked ones included."""
+        return self.padded_pairs if attention == "packed" else self.row_pairs
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """Lengths of a data set's samples, in the hybrid form; the defaults are MovieLens' with Llama-2's tokenizer.
+
+    Attributes:
+        mean: tokens of a mean sample.
+        longest: tokens of the longest.
+        answer_tokens: labels of a mean sample, EOS included.
+        slots: behaviour tokens of a mean sample.
+    """
+
+    mean: int = 230
+    longest: int = 330
+    answer_tokens: int = 8
+    slots: int = 30
+
+    @classmethod
+    def of(cls, shards: dict[str, Any]) -> SampleSizes:
+        """From a shards folder's `info`; the answers' length and the number of slots stay the defaults.
+
+        Of a mixture, whose sources are folders of their own, only the longest row is taken where it is stated.
+        """
+        train = shards.get("splits", {}).get("train", {})
+        longest = int(train.get("longest_row_tokens", cls.longest))
+        mean = math.ceil(train["tokens"] / train["samples"]) if train.get("samples") and "tokens" in train else longest
+        return cls(mean=mean, longest=longest)
+
+    def row(self, tokens: int, items: int) -> Work:
+        """A packed row of so many tokens, of samples of the mean length, padded to the longest by attention.
+
+        Args:
+            tokens: T, e.g. `data.max_tokens_per_microbatch`.
+            items: rows of the item table; a row cannot name more.
+        """
+        samples = max(1, tokens // self.mean)
+        return Work(
+            tokens=tokens,
+            pairs=samples * self.mean * (self.mean + 1) // 2,
+            padded_tokens=samples * self.longest,
+            padded_pairs=samples * self.longest * (self.longest + 1) // 2,
+            row_pairs=tokens**2,
+            answer_tokens=samples * self.answer_tokens,
+            slots=samples * self.slots,
+            items=max(1, math.ceil(distinct(samples * self.slots, items))),
+        )
+
+
+def distinct(draws: int, of: int) -> float:
+    """Expected number of distinct ones in uniform draws with replacement."""
+    return of * (1.0 - (1.0 - 1.0 / of) ** draws)

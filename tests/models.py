@@ -1,0 +1,44 @@
+"""Random Llamas of a wanted shape, built into whole HybridLlamas, for tests that measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
+from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
+from llara_dist.stream.batch import Batch, collate
+from tests.tiny import make_sample
+
+SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+ITEMS, ITEM_DIM = 50, 16
+
+
+def write_shape(folder: Path, **changes: Any) -> None:
+    """Save a random Llama of `SHAPE` with changes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).save_pretrained(folder)
+
+
+def build(folder: Path, model: dict[str, Any], lora: LoraConfig) -> HybridLlama:
+    """The HybridLlama of a folder that `write_shape` made, in training mode, on the CPU."""
+    table = torch.randn(ITEMS, ITEM_DIM, generator=torch.Generator().manual_seed(0))
+    config = ModelConfig(path=str(folder), **model)
+    return build_hybrid_llama(config, lora, ProjectorConfig(), table, torch.device("cpu"), seed=0).train()
+
+
+def packed_row(samples: int = 12) -> Batch:
+    """A packed row of random hybrid samples."""
+    return collate([make_sample(key, num_items=ITEMS) for key in range(samples)], [True] * samples)
