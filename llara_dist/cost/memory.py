@@ -147,9 +147,14 @@ def run_memory(
     return RunMemory(device, start + RUNTIME_BYTES[device_type], host)
 
 
+def element_bytes(model: TunedModel) -> int:
+    """Bytes of an element of the frozen tensors that are not packed: embedding, norms, head, biases."""
+    return 2 if model.bits == 16 or (model.bits == 4 and model.bfloat16) else 4
+
+
 def frozen_bytes(model: TunedModel, zero: ZeroSettings, world_size: int) -> dict[str, int]:
     """The language model's own weights on one rank, and what ZeRO-3 has gathered of them at a time."""
-    shape, held = model.architecture, 2 if model.bits == 16 or (model.bits == 4 and model.bfloat16) else 4
+    shape, held = model.architecture, element_bytes(model)
     linears = [linear.weights for linear in shape.linears] * shape.layers
     others = [shape.embedding_weights, shape.head_weights, *[shape.hidden] * (2 * shape.layers + 1), shape.biases]
     others = [count for count in others if count]

@@ -7,6 +7,9 @@ from typing import Any
 
 from llara_dist.ds_config import zero_stage
 
+STAGE0_BUCKET = 500_000_000
+"""gradients that stage 0 flattens and all-reduces at once, whatever the ds_config says"""
+
 
 @dataclass(frozen=True)
 class ZeroSettings:
@@ -21,6 +24,7 @@ class ZeroSettings:
         offload_parameters: whether partitions of parameters live on the host.
         persistence: parameters up to this size stay whole on every rank (stage 3).
         model_persistence: most elements that stay whole for that reason.
+        prefetch_bucket: elements that are gathered ahead at once (stage 3); 0 = none.
         max_live: gathered elements above which none is gathered ahead (stage 3).
         max_reuse_distance: gathered elements that are needed again sooner than this are kept (stage 3).
     """
@@ -33,6 +37,7 @@ class ZeroSettings:
     offload_parameters: bool = False
     persistence: int = 100_000
     model_persistence: int = 1 << 62
+    prefetch_bucket: int = 50_000_000
     max_live: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
 
@@ -55,6 +60,7 @@ class ZeroSettings:
             offload_parameters=stage == 3 and offloads("offload_param"),
             persistence=int(zero.get("stage3_param_persistence_threshold", cls.persistence)),
             model_persistence=int(zero.get("stage3_model_persistence_threshold", cls.model_persistence)),
+            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch_bucket)),
             max_live=int(zero.get("stage3_max_live_parameters", cls.max_live)),
             max_reuse_distance=int(zero.get("stage3_max_reuse_distance", cls.max_reuse_distance)),
         )
