@@ -101,6 +101,11 @@ COMMANDS = {
         "print one sample so that a person can read it, in both forms",
         "llara-dist shards inspect shards/out/movielens --key 42",
     ),
+    "plan": Command(
+        "llara_dist.cost.command:plan",
+        "predict memory per GPU, step time and communication of a run; recommend stage, token budget, recomputation",
+        "llara-dist plan --model llama-2-7b --gpu h100 --gpus '[1, 8, 64, 1024]' --run launch/configs/movielens.yaml",
+    ),
     "train": Command(
         "llara_dist.tuning:train",
         "tune LoRA and projector with the curriculum; the same code runs under deepspeed, torchrun and srun",

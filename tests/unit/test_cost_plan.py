@@ -1,0 +1,185 @@
+"""`llara-dist plan`: predictions move the right way, the recommendation fits, bad input is told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llara_dist.cli import main
+from llara_dist.cost.architecture import PRESETS
+from llara_dist.cost.collectives import Traffic
+from llara_dist.cost.command import plan
+from llara_dist.cost.hardware import GPUS, find_gpu, measure_cpu, peak_flops
+from llara_dist.cost.predict import Cluster, Efficiency, communication_seconds, predict_step
+from llara_dist.cost.recommend import MARGIN, recommend
+from llara_dist.cost.tuned import TunedModel
+from llara_dist.cost.work import SampleSizes
+from llara_dist.cost.zero import ZeroSettings
+from llara_dist.ds_config import read_ds_config
+from llara_dist.errors import InputError
+from tests.models import write_shape
+from tests.runs import ROOT
+
+STAGES = {stage: ZeroSettings.of(read_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")) for stage in range(4)}
+
+
+def tuned(name: str) -> TunedModel:
+    return TunedModel(PRESETS[name], projector_hidden=PRESETS[name].hidden)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ],
+)
+def test_a_device_is_known_by_what_its_driver_says(said: str, name: str) -> None:
+    assert peak_flops(said) == GPUS[name].flops
+
+
+def test_no_utilisation_is_made_up_for_an_unknown_device() -> None:
+    assert peak_flops("NVIDIA L40") is None
+    assert peak_flops("AMD Instinct MI300X") is None
+
+
+def test_ring_bytes() -> None:
+    traffic = Traffic()
+    traffic.add("all_reduce", 1000)
+    traffic.add("all_gather", 400)
+    assert traffic.sent(1) == 0
+    assert traffic.sent(4) == 2 * 750 + 300
+
+
+def test_communication_is_latency_and_bytes_over_the_slower_link() -> None:
+    inside, across = Cluster(GPUS["h100"], 8), Cluster(GPUS["h100"], 16)
+    full = Efficiency(links=1.0)
+    assert communication_seconds(Cluster(GPUS["h100"], 1), 1e9, 5, full) == 0
+    assert communication_seconds(inside, 450e9, 0, full) == pytest.approx(1.0)
+    assert communication_seconds(across, 400e9, 0, full) == pytest.approx(1.0)
+    assert communication_seconds(across, 0, 5, full) > communication_seconds(inside, 0, 5, full) > 0
+
+
+def test_more_work_takes_longer_and_more_ranks_are_faster() -> None:
+    model, samples = tuned("llama-2-7b"), SampleSizes()
+
+    def seconds(name: str = "llama-2-7b", ranks: int = 8, batch: int = 512, **changes: Any) -> float:
+        cluster = Cluster(GPUS["h100"], ranks)
+        held = dataclasses.replace(tuned(name), **changes)
+        return predict_step(held, STAGES[1], cluster, samples, batch, 4096).seconds
+
+    assert seconds(batch=1024) > 1.8 * seconds()
+    assert seconds(recompute=True) > 1.25 * seconds()
+    assert seconds("llama-2-70b") > 8 * seconds()
+    assert seconds(ranks=16) < 0.6 * seconds()
+    zero3 = predict_step(model, STAGES[3], Cluster(GPUS["h100"], 8), samples, 512, 4096)
+    zero1 = predict_step(model, STAGES[1], Cluster(GPUS["h100"], 8), samples, 512, 4096)
+    assert zero3.sent_bytes > 10 * zero1.sent_bytes
+    assert 0 < zero3.mfu < zero1.mfu < 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("ranks", [1, 8, 64, 1024])
+def test_what_is_recommended_fits(name: str, ranks: int) -> None:
+    cluster = Cluster(GPUS["h100"], ranks)
+    found = recommend(tuned(name), cluster, SampleSizes(), max(128, ranks), STAGES)
+    assert found is not None
+    assert found.memory.device_bytes <= (1 - MARGIN) * cluster.hardware.memory_bytes
+    assert found.stage == (0 if ranks == 1 else 1)
+    assert found.tokens_per_microbatch >= SampleSizes().longest
+    assert found.reasons
+
+
+def test_a_small_gpu_recomputes_and_a_too_small_one_is_refused() -> None:
+    small = recommend(tuned("llama-2-13b"), Cluster(GPUS["rtx-4090"], 8), SampleSizes(), 128, STAGES)
+    assert small is not None
+    assert small.recompute
+    assert recommend(tuned("llama-2-70b"), Cluster(GPUS["rtx-4090"], 1024), SampleSizes(), 1024, STAGES) is None
+
+
+def test_a_stage_is_left_only_for_what_it_saves() -> None:
+    """Where stage 1 does not fit, and only there, a higher one is taken."""
+    model, samples = tuned("llama-2-7b"), SampleSizes()
+    for gib in (8, 9, 10, 11, 12):
+        gpu = dataclasses.replace(GPUS["h100"], memory_bytes=gib * 2**30)
+        found = recommend(model, Cluster(gpu, 8), samples, 128, STAGES)
+        if found is not None and found.stage > 1:
+            below = {stage: STAGES[stage] for stage in range(4)} | {2: STAGES[1], 3: STAGES[1]}
+            assert recommend(model, Cluster(gpu, 8), samples, 128, below) is None
+
+
+def test_plan_prints_and_returns_every_count(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ROOT / "launch" / "configs" / "movielens.yaml"
+    main(["plan", "--gpus", "[1, 8, 1024]", "--run", str(run), "--train-samples", "66126", "--json"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert [found["gpus"] for found in result["predictions"]] == [1, 8, 1024]
+    assert [found["global_batch_samples"] for found in result["predictions"]] == [128, 128, 1024 * (8192 // 230)]
+    assert "not validated on GPUs" in printed
+    for found in result["predictions"]:
+        parts = sum(found["step_parts_s"].values())
+        assert math.isclose(parts, found["step_s"])
+        assert found["hours"] == pytest.approx(5 * 66126 / found["global_batch_samples"] * found["step_s"] / 3600)
+        assert max(sum(found["device"].values()), found["start_bytes"]) == found["device_bytes"]
+
+
+def test_plan_states_its_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(formulas=True)
+    printed = capsys.readouterr().out
+    for part in ("4·H·D forward", "c·P·D·(2·H + 2·K)", "4P/W masters", "one all-reduce of 4P bytes", "α–β"):
+        assert part in printed
+
+
+def test_a_model_folder_serves_as_well(tmp_path: Path) -> None:
+    write_shape(tmp_path)
+    found = plan(model=str(tmp_path), tokens_per_microbatch=1024)
+    assert found["parameters"] < 1e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu": "v100"}, r"--gpu v100: unknown; known are a100-40, a100, "),
+        ({"model": "gpt-2"}, r"--model gpt-2: unknown; known are llama-2-7b, "),
+        ({"run": Path("missing.yaml")}, r"--run missing\.yaml: .*launch/configs"),
+        ({"ds_config": Path("missing.json")}, r"missing\.json: ds_config not found"),
+        ({"gpus": [8, 0]}, r"--gpus 0: must be at least 1"),
+        ({"tokens_per_microbatch": 100}, r"--tokens_per_microbatch 100: less than the longest sample, 322 tokens"),
+        ({"gpus": 64, "global_batch": 32}, r"--global_batch 32: fewer samples than 64 GPUs"),
+    ],
+)
+def test_bad_input_is_told(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan(**changes)
+
+
+def test_a_run_file_must_hold_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(InputError, match="holds no settings of a run"):
+        plan(run=path)
+    path.write_text("lora: {rnk: 8}\n")
+    with pytest.raises(InputError, match=r"lora\.rnk"):
+        plan(run=path)
+
+
+def test_names_of_gpus_ignore_case() -> None:
+    assert find_gpu("H100") == GPUS["h100"]
+
+
+def test_the_cpu_is_measured() -> None:
+    cpu = measure_cpu(size=128, repeats=1)
+    assert cpu.device_type == "cpu"
+    assert cpu.flops > 1e8
+    assert cpu.memory_bandwidth > 1e7
