@@ -71,6 +71,11 @@ COMMANDS = {
         "make and pre-train a small Llama for tests, debugging and the quickstart",
         "llara-dist tiny-llama --data data/movielens --tokenizer llama2-tokenizer --out llm",
     ),
+    "quantize": Command(
+        "llara_dist.model.quantize:quantize",
+        "a model in 4-bit NF4, written once, so that many ranks and runs load it without quantising each",
+        "llara-dist quantize --model llm --out llm-nf4",
+    ),
     "shards build": Command(
         "llara_dist.data.build:build",
         "dataset folder + tokenizer → WebDataset shards with index and manifest",

@@ -1,11 +1,9 @@
-"""Load a (4-bit) Llama and attach LoRA: the only room that knows bitsandbytes and PEFT."""
+"""Load a (4-bit) Llama and attach LoRA."""
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,9 @@ import torch
 
 from llara_dist.config import LoraConfig, ModelConfig
 from llara_dist.errors import InputError
-from llara_dist.model import attention
+from llara_dist.model import attention, nf4
+from llara_dist.model.four_bit import load_four_bit
+from llara_dist.model.weight_files import model_file, weight_file_names
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +40,7 @@ def read_llama_config(config: ModelConfig) -> LlamaConfig:
     """Read the architecture without any weight.
 
     Raises:
-        InputError: not found, unreadable, or no Llama architecture.
+        InputError: not found, unreadable, no Llama architecture, or quantised in another way than the config says.
     """
     from transformers import AutoConfig, LlamaConfig
 
@@ -55,6 +55,7 @@ def read_llama_config(config: ModelConfig) -> LlamaConfig:
     if loaded.model_type != "llama":
         raise InputError(f"model.path={config.path}: architecture {loaded.model_type!r}; only Llama is supported")
     assert isinstance(loaded, LlamaConfig)
+    nf4.check_stored(config, loaded)
     return loaded
 
 
@@ -72,47 +73,46 @@ def load_llama(config: ModelConfig, device: torch.device, place: bool = True) ->
     Raises:
         InputError: see `read_llama_config`; or the weights do not load.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    # On import it warns of an optional CPU kernel that the next function has no use for.
-    getLogger("bitsandbytes").setLevel("ERROR")
-    read_llama_config(config)
+    nf4.silence_import()
+    architecture = read_llama_config(config)
     attention.register()
     dtype = compute_dtype(config, device)
-    quantization = None
     if config.bits == 4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
-        )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            trust_remote_code=False,
-            dtype={4: dtype, 16: torch.bfloat16, 32: torch.float32}[config.bits],
-            quantization_config=quantization,
-            attn_implementation=config.attention,
-            device_map={"": device} if place and device.type == "cuda" else None,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"model.path={config.path}: weights do not load ({first_line})") from None
-    if config.bits == 4:
+        architecture._attn_implementation = config.attention
+        model: Any = load_four_bit(config, architecture, dtype, device, place)
         _compute_as_told(model, dtype)
+    else:
+        model = _load_whole(config, device if place else torch.device("cpu"))
     model.requires_grad_(False)
     model.config.use_cache = False
     if config.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model.eval()
+
+
+def _load_whole(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
+    """Load weights that stay whole, bfloat16 or float32, as transformers does."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            trust_remote_code=False,
+            dtype={16: torch.bfloat16, 32: torch.float32}[config.bits],
+            attn_implementation=config.attention,
+            device_map={"": device} if device.type == "cuda" else None,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"model.path={config.path}: weights do not load ({first_line})") from None
+    return model
 
 
 def _compute_as_told(model: Any, dtype: torch.dtype) -> None:
@@ -171,40 +171,12 @@ def base_fingerprint(config: ModelConfig) -> str:
     """
     import hashlib
 
-    digest = hashlib.sha256(_model_file(config, "config.json").read_bytes())
-    for name in _weight_files(config):
-        path = _model_file(config, name)
+    digest = hashlib.sha256(model_file(config, "config.json").read_bytes())
+    for name in weight_file_names(config):
+        path = model_file(config, name)
         size = path.stat().st_size
         with open(path, "rb") as file:
             digest.update(f"{name}:{size}:".encode() + file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())
     return digest.hexdigest()
-
-
-def _weight_files(config: ModelConfig) -> list[str]:
-    """The names of the weight files that transformers loads: one, or those that the index lists."""
-    from transformers.utils.hub import cached_file
-
-    index = cached_file(
-        config.path,
-        "model.safetensors.index.json",
-        revision=config.revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if index is None:
-        return ["model.safetensors"]
-    return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-
-
-def _model_file(config: ModelConfig, name: str) -> Path:
-    """A file of the model, downloaded first where `path` is a hub id."""
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(config.path, name, revision=config.revision)
-    except OSError:
-        found = None
-    if found is None:
-        raise InputError(f"model.path={config.path}: has no {name}; weights in other formats are not loaded")
-    return Path(found)
