@@ -134,7 +134,7 @@ def test_the_ranks_partitions_are_the_packed_weights(counted: tuple[int, Path], 
     model = load_llama(ModelConfig(path=str(inputs / "llm"), bits=4, **CASES[case]), torch.device("cpu"))
     assert len(ranks[0]) == 14
     for name in ranks[0]:
-        whole = model.get_submodule(name).weight.detach().flatten()
+        whole = model.get_parameter(f"{name}.weight").detach().flatten()
         shares = [rank[name] for rank in ranks]
         assert [share.numel() for share in shares] == size * [whole.numel() // size]
         assert torch.equal(torch.cat(shares).view(torch.uint8), whole.view(torch.uint8))
