@@ -217,6 +217,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         parser.add_class_arguments(RunConfig, as_group=True)
     if name == "train":
         parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
+        parser.add_argument("--profile", action="store_true", help="torch profiler trace of three steps in OUT/profile")
     else:
         parser.add_function_arguments(function, as_group=False, skip={"config"} if takes_run else None)
     try:

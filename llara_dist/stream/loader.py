@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from llara_dist.errors import InputError
+from llara_dist.stop_signals import ignore_stop_signals
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.prefetch import Prefetcher
@@ -98,6 +99,11 @@ class _Steps(Dataset):
             return error
 
 
+def _outlive_stop_signals(worker: int) -> None:
+    # Launchers and schedulers signal the whole process group; the training process asks for steps until its own end.
+    ignore_stop_signals()
+
+
 def _first(steps: list[Any]) -> Any:
     return steps[0]
 
@@ -181,6 +187,7 @@ class StepLoader:
             shuffle=False,
             num_workers=self._num_workers,
             collate_fn=_first,
+            worker_init_fn=_outlive_stop_signals,
             prefetch_factor=2,
             pin_memory=self._pin_memory,
             # spawn: the parent may hold a CUDA context, communication threads and Arrow's pools.

@@ -28,9 +28,10 @@ from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.integrity import fsync_folder, staged_folder
-from llara_dist.training.best import BEST, Score, read_best, write_best
+from llara_dist.training.best import BEST, read_best, write_best
 from llara_dist.training.checkpoint import MARKER, checkpoint_folders, checkpoint_path
 from llara_dist.training.engine import Engine
+from llara_dist.training.scores import ValidationScores
 from llara_dist.training.snapshot import Snapshot, take_snapshot, write_snapshot
 
 _MIB = 1 << 20
@@ -116,14 +117,14 @@ class CheckpointWriter:
             error.add_note(f"The writer of checkpoints failed as well: {failure!r}")
 
     def save(
-        self, engine: Engine, state: dict[str, Any], best: Score | None = None, required: bool = False
+        self, engine: Engine, state: dict[str, Any], best: ValidationScores | None = None, required: bool = False
     ) -> SaveTimes:
         """Save the run as it is now; every rank calls it.
 
         Args:
             engine: whose trainable parameters and moments are saved.
             state: what state.json says beside the format version; `step` names the folder.
-            best: this step's score, where no validation before gave a better one.
+            best: this step's scores, where no validation before gave a better one.
             required: the run ends here: wait for the write, on every rank, and fail where it failed.
 
         Returns:
@@ -144,7 +145,7 @@ class CheckpointWriter:
             self.wait()
         return SaveTimes(blocked_s=time.perf_counter() - started, waited_s=waited)
 
-    def write(self, snapshot: Snapshot, best: Score | None = None, required: bool = False) -> None:
+    def write(self, snapshot: Snapshot, best: ValidationScores | None = None, required: bool = False) -> None:
         """Begin to write a snapshot in the background, on the main rank, once the write before it has ended."""
         self._settle()
         self._under_way = self._thread.submit(self._write, snapshot, best, required)
@@ -176,7 +177,7 @@ class CheckpointWriter:
         self._last = future.result()
         self._ended.append(self._last)
 
-    def _write(self, snapshot: Snapshot, best: Score | None, required: bool) -> Written:
+    def _write(self, snapshot: Snapshot, best: ValidationScores | None, required: bool) -> Written:
         """What the thread does; its only message to the run is what it returns or raises."""
         started = time.perf_counter()
         path = checkpoint_path(self.folder, snapshot.step)
@@ -197,7 +198,7 @@ class CheckpointWriter:
             self._tidy(path, best)
         return Written(snapshot.step, snapshot.bytes, time.perf_counter() - started, problem)
 
-    def _tidy(self, path: Path, best: Score | None) -> None:
+    def _tidy(self, path: Path, best: ValidationScores | None) -> None:
         """Name the best and drop what is too old, in this order; the new checkpoint is safe whatever happens here."""
         try:
             if best is not None:

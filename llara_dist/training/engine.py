@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.loader import Step
 from llara_dist.training.optimizer_state import forget_moments
 from llara_dist.training.phases import Phases
+from llara_dist.training.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class StepResult:
         loss: summed answer cross-entropy ÷ answer tokens of the global step, in nats; not finite only where skipped.
         grad_norm: global gradient norm before clipping; None where the step was skipped.
         skipped: whether loss or gradients were not finite, so that nothing was updated.
-        stop: whether any rank was asked to stop.
+        votes: of each vote, whether any rank said yes.
         suspects: where skipped, the keys of the samples in whose micro-batches it began, of all ranks.
     """
 
     loss: float
     grad_norm: float | None
     skipped: bool = False
-    stop: bool = False
+    votes: tuple[bool, ...] = ()
     suspects: tuple[int, ...] = ()
 
 
@@ -78,6 +79,7 @@ class Engine:
             {"params": list(model.projector_parameters().values()), "weight_decay": optimizer.projector_weight_decay},
         ]
         self._decay = [group["weight_decay"] for group in groups]
+        self.ds_config = ds_config
         self._stage = zero_stage(ds_config)
         # Turns NaN for good, within a step, when a gradient that is not finite comes by; see `_watch_gradients`.
         self._gradient_check = torch.zeros((), dtype=torch.float32, device=device)
@@ -115,14 +117,14 @@ class Engine:
         """DeepSpeed's optimizer; `optimizer_state` reads and writes its moments."""
         return self._optimizer
 
-    def train_step(self, step: Step, lora_lr: float, projector_lr: float, stop: bool = False) -> StepResult:
+    def train_step(self, step: Step, lora_lr: float, projector_lr: float, votes: Sequence[bool] = ()) -> StepResult:
         """One optimizer step: every micro-batch forward and backward, one reduction, one update.
 
         A micro-batch's loss is its summed answer loss × world size ÷ answer tokens of the global step: DeepSpeed
         averages gradients over ranks, which cancels the world size.
 
         Before the update the ranks agree, in one collective and one host synchronisation, on the loss, on whether every
-        gradient was finite, and on whether to stop. Where loss or a gradient was not finite nobody updates anything.
+        gradient was finite, and on what is put to the vote. Where something was not finite nobody updates anything.
 
         Args:
             step: this rank's micro-batches; equally many on every rank.
@@ -130,7 +132,7 @@ class Engine:
             projector_lr: rate of the projector; 0 holds it exactly still (decay is off too) and keeps its moments
                 fresh: Adam's step count would go on while nothing moves, its bias corrections would be spent, and
                 the first updates after 1,000 idle steps would reach five times the rate.
-            stop: whether this rank was asked to stop.
+            votes: what is so if any rank says so, e.g. that it was asked to stop; equally many on every rank.
         """
         for group, rate, decay in zip(self._optimizer.param_groups, (lora_lr, projector_lr), self._decay, strict=True):
             group["lr"], group["weight_decay"] = rate, decay if rate > 0 else 0.0
@@ -138,27 +140,27 @@ class Engine:
         self.phases.begin()
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         trail: list[Tensor] = []
-        agreed, finite = [math.nan] * 3, False
+        agreed, finite = [math.nan] * 2, False
         norm: Tensor | float | None = None
         last = len(step.microbatches) - 1
         for index, batch in enumerate(step.microbatches):
-            self.phases.enter("forward", step.index, index, batch.keys)
+            self.phases.enter(Phase.FORWARD, step.index, index, batch.keys)
             self._reseed(step.index, index)
             loss = self._engine(batch.to(self.device))
             summed += loss.detach()
-            self.phases.enter("backward", step.index, index, batch.keys)
+            self.phases.enter(Phase.BACKWARD, step.index, index, batch.keys)
             self._engine.set_gradient_accumulation_boundary(index == last)
             self._engine.backward(loss * (self.world.size / step.answer_tokens))
             trail.append(summed + self._gradient_check)
-            self.phases.enter("step", step.index, index, batch.keys)
             if index < last:
                 self._engine.step()
                 continue
             if self._stage == 0:  # the other stages report their own
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-            agreed = distributed.sum_tensor(
-                torch.stack([summed, self._gradient_check.double(), torch.full_like(summed, float(stop))])
-            ).tolist()
+            self.phases.enter(Phase.REDUCE, step.index, index, batch.keys)
+            mine = [summed, self._gradient_check.double(), *(torch.full_like(summed, float(vote)) for vote in votes)]
+            agreed = distributed.sum_tensor(torch.stack(mine)).tolist()
+            self.phases.enter(Phase.STEP, step.index, index, batch.keys)
             finite = math.isfinite(agreed[0] + agreed[1])
             with contextlib.nullcontext() if finite else self._no_update():
                 self._engine.step()
@@ -171,7 +173,7 @@ class Engine:
             loss=agreed[0] / step.answer_tokens,
             grad_norm=float(norm) if norm is not None and finite else None,
             skipped=not finite,
-            stop=agreed[2] > 0,
+            votes=tuple(count > 0 for count in agreed[2:]),
             suspects=() if finite else _suspects(step, trail),
         )
 

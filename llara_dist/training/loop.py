@@ -3,54 +3,121 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from llara_dist.console import say
+from llara_dist.errors import InputError
 from llara_dist.training.debug import Debugger
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.profile import Profiler
+from llara_dist.training.progress import Phase
 from llara_dist.training.run import Run
-from llara_dist.training.step_metrics import step_row
+from llara_dist.training.step_metrics import StepMetrics
 
 
-def train_loop(run: Run, debugger: Debugger | None = None, profile: bool = False) -> dict[str, Any]:
-    """Every optimizer step from `run.first_step` to T.
+class StoppedError(RuntimeError):
+    """A rank was asked to stop; the run is saved after `done` steps.
+
+    Args:
+        done: optimizer steps.
+    """
+
+    def __init__(self, done: int) -> None:
+        super().__init__(f"stopped after step {done}")
+        self.done = done
+
+
+def train_loop(
+    run: Run,
+    debugger: Debugger | None = None,
+    profile: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
+    lost: Callable[[], str | None] = lambda: None,
+) -> dict[str, Any]:
+    """Every optimizer step from `run.first_step` to T, or to the validation that ends the run early.
 
     Args:
         run: as `open_run` made it.
         debugger: looks at every step; None = off.
         profile: whether rank 0 writes a torch profiler trace of a few steps.
+        stop_requested: whether this rank was asked to stop.
+        lost: why this rank may write into the run's folder no more; None = it may.
+
+    Raises:
+        StoppedError: a rank was asked to stop, and a checkpoint is written.
+        InputError: the folder is another's by now, or the last checkpoint could not be written.
+        RunFailedError: too many steps were skipped.
     """
     out, is_main = run.config.out, run.engine.world.is_main
+    if is_main and run.first_step >= run.total_steps:
+        say(f"{out}: all {run.total_steps} steps are done already")
     with (
+        run.writer,
         MetricsLog(out, run.first_step, run.total_steps, enabled=is_main) as log,
         Profiler(out, run.engine.device, enabled=profile and is_main) as profiler,
     ):
-        loss = run_steps(run, log, profiler, debugger)
-    if run.first_step >= run.total_steps and is_main:
-        say(f"{out}: all {run.total_steps} steps are done already")
-    return {"out": str(out), "steps": run.total_steps, "loss": loss}
+        return {"out": str(out), **run_steps(run, log, profiler, debugger, stop_requested, lost)}
 
 
-def run_steps(run: Run, log: MetricsLog, profiler: Profiler, debugger: Debugger | None) -> float | None:
-    """The steps themselves; returns the last one's loss, None where there was none to run."""
+def run_steps(
+    run: Run,
+    log: MetricsLog,
+    profiler: Profiler,
+    debugger: Debugger | None,
+    stop_requested: Callable[[], bool],
+    lost: Callable[[], str | None],
+) -> dict[str, Any]:
+    """The steps themselves; returns how many were done in all, and the last one's loss (None where none was)."""
     loss: float | None = None
+    done, phases = run.first_step, run.engine.phases
+    metrics = StepMetrics(run)
+    if run.validations.owed_after == done:
+        conclude(run, log, done)
+    phases.enter(Phase.DATA, done)
     waiting_since = time.perf_counter()
-    for step in run.loader:
+    for step in () if run.validations.exhausted else run.loader:
         started = time.perf_counter()
         if debugger is not None:
             debugger.before(step)
-        lora_lr, projector_lr = run.rates(step.index)
-        result = run.engine.train_step(step, lora_lr, projector_lr)
+        result = run.engine.train_step(step, *run.rates(step.index), votes=(stop_requested(), lost() is not None))
         run.faults.after(step, result)
-        loss = result.loss
+        loss, done = result.loss, step.index + 1
         finished = time.perf_counter()
         if debugger is not None:
             debugger.after(step, result, finished - started)
         if run.log_due(step.index):
-            log.write(step_row(run, step, result, wait_s=started - waiting_since, step_s=finished - started))
-        if run.checkpoint_due(step.index + 1):
-            run.save(step.index + 1)
+            log.write(metrics.row(step, result, wait_s=started - waiting_since, step_s=finished - started))
+        stop, is_lost = result.votes
+        if is_lost:
+            raise InputError(lost() or f"{run.config.out}: another job has taken this run over", everywhere=False)
+        if stop:
+            run.validations.put_off(done)
+            run.save(done, required=True)
+            raise StoppedError(done)
+        metrics.saving_s = conclude(run, log, done)
+        if run.validations.exhausted:
+            break
         profiler.step()
+        phases.enter(Phase.DATA, done)
         waiting_since = time.perf_counter()
-    return loss
+    return {"steps": done, "loss": loss, "stopped_early": run.validations.exhausted}
+
+
+def conclude(run: Run, log: MetricsLog, done: int) -> float:
+    """What follows `done` steps: validation, where it is due, and a checkpoint.
+
+    Returns:
+        Seconds that saving held up the steps.
+    """
+    best = None
+    if run.validations.due(done):
+        run.engine.phases.enter(Phase.VALIDATION, done - 1)
+        scores, is_best = run.validations.validate(run.engine, done)
+        log.write_validation(scores, is_best)
+        best = scores if is_best else None
+    exhausted = run.validations.exhausted
+    if best is None and not exhausted and not run.checkpoint_due(done):
+        return 0.0
+    run.engine.phases.enter(Phase.CHECKPOINT, done - 1)
+    return run.save(done, best, required=exhausted).blocked_s

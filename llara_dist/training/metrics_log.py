@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+"""What a run says of itself: metrics.jsonl, validation.jsonl, TensorBoard, a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from llara_dist.console import say
 from llara_dist.integrity import write_file
+from llara_dist.training.scores import ValidationScores
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -46,6 +48,11 @@ class MetricsLog:
         kept = [row for row in read_metrics(self._path) if row["step"] < first_step]
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        self._validations = out / "validation.jsonl"
+        if self._validations.exists():
+            # A validation after the step at which this start begins is not repeated, unless it had been put off.
+            done = [row for row in read_metrics(self._validations) if row["step"] <= first_step]
+            write_file(self._validations, "".join(json.dumps(row) + "\n" for row in done))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
         self._last_line = 0.0
         self._total = total_steps
@@ -91,6 +98,22 @@ class MetricsLog:
         elif time.monotonic() - self._last_line > 5 or row["step"] + 1 == self._total:
             self._last_line = time.monotonic()
             print(f"step {row['step'] + 1}/{self._total}  {text}", flush=True)
+
+    def write_validation(self, scores: ValidationScores, is_best: bool) -> None:
+        """Log one validation: a line of validation.jsonl, TensorBoard scalars, a line for people."""
+        if not self._enabled:
+            return
+        row = scores.to_dict() | {"best": is_best}
+        with open(self._validations, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(f"validation/{name}", float(value), scores.step)
+        valid = "" if scores.valid_ratio is None else f"  valid {scores.valid_ratio:.3f}"
+        say(
+            f"validation after step {scores.step}: HR@1 {scores.hit_ratio:.4f}{valid}  loss {scores.loss:.4f}  "
+            f"{scores.rows} rows in {scores.seconds:.1f} s" + ("  (the best so far)" if is_best else "")
+        )
 
     def __enter__(self) -> Self:
         return self

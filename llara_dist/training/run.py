@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,6 @@ from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.stream.loader import StepLoader
 from llara_dist.stream.locations import absolute_location, is_remote
 from llara_dist.stream.lookahead import start_lookahead
-from llara_dist.training.best import Score
 from llara_dist.training.checkpoint import load_moments, load_parameters
 from llara_dist.training.checkpoint_writer import CheckpointWriter, SaveTimes
 from llara_dist.training.curriculum import Curriculum
@@ -27,6 +27,9 @@ from llara_dist.training.faults import Faults
 from llara_dist.training.preflight import Inputs
 from llara_dist.training.provenance import provenance
 from llara_dist.training.schedule import learning_rate
+from llara_dist.training.scores import ValidationScores, Validator
+from llara_dist.training.snapshot import Snapshot, write_snapshot
+from llara_dist.training.validations import Validations
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Run:
         first_step: 0, or where the checkpoint left off.
         total_steps: T.
         faults: what went wrong so far.
+        validations: when the run validates, and what came of it.
         origin: where the run comes from, as its checkpoints tell it.
         writer: of checkpoints.
     """
@@ -52,6 +56,7 @@ class Run:
     first_step: int
     total_steps: int
     faults: Faults
+    validations: Validations
     origin: dict[str, Any]
     writer: CheckpointWriter
 
@@ -67,24 +72,25 @@ class Run:
         )
         return lora, projector if self.curriculum.probability(step) > 0 else 0.0
 
-    def save(self, done: int, best: Score | None = None) -> SaveTimes:
+    def save(self, done: int, best: ValidationScores | None = None, required: bool = False) -> SaveTimes:
         """Save the run after `done` optimizer steps; every rank calls it. The last save waits and must succeed.
 
         Args:
             done: optimizer steps.
             best: what validation gave after them, where it was the best so far.
+            required: the run ends here, though steps may be left.
 
         Raises:
-            InputError: the last checkpoint could not be written.
+            InputError: the checkpoint with which the run ends could not be written.
         """
         state = {
             "step": done,
             "total_steps": self.total_steps,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "progress": {"skipped_steps": self.faults.skipped},
+            "progress": {"skipped_steps": self.faults.skipped, "validations": self.validations.to_dict()},
             **self.origin,
         }
-        return self.writer.save(self.engine, state, best, required=done == self.total_steps)
+        return self.writer.save(self.engine, state, best, required=required or done == self.total_steps)
 
     def log_due(self, step: int) -> bool:
         """Whether a step gets a line in the log."""
@@ -110,15 +116,27 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
-def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.device) -> Run:
+def open_run(
+    config: RunConfig,
+    inputs: Inputs,
+    world: World,
+    device: torch.device,
+    validator: Validator | None = None,
+    may_write: Callable[[], None] = lambda: None,
+) -> Run:
     """Load the model, restore the checkpoint if there is one, and stand at the first step to run.
+
+    Args:
+        config: the run.
+        inputs: what `open_inputs` made of it.
+        world: where this process stands.
+        device: of this rank.
+        validator: what validates the run; None = nothing does.
+        may_write: called before a checkpoint is written; raises where the run's folder is another's by now.
 
     Raises:
         InputError: a weight does not load.
     """
-    if world.is_main:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / "config.json", to_dict(absolute(config)))
     model = build_hybrid_llama(
         config.model,
         config.lora,
@@ -161,5 +179,14 @@ def open_run(config: RunConfig, inputs: Inputs, world: World, device: torch.devi
     faults = Faults(config.faults, config.out, progress.get("skipped_steps", 0), world.is_main)
     origin = provenance(to_dict(absolute(config)), inputs, inputs.contract, world, device)
     saving = config.checkpoint
-    writer = CheckpointWriter(config.out / "checkpoints", saving.keep_last, saving.asynchronous)
-    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, faults, origin, writer)
+
+    def write(staging: Path, snapshot: Snapshot) -> None:
+        may_write()
+        write_snapshot(staging, snapshot)
+
+    writer = CheckpointWriter(config.out / "checkpoints", saving.keep_last, saving.asynchronous, write)
+    validations = Validations(validator, config.validation, inputs.total_steps, progress.get("validations", {}))
+    if world.is_main:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "config.json", to_dict(absolute(config)))
+    return Run(config, engine, curriculum, loader, first_step, inputs.total_steps, faults, validations, origin, writer)

@@ -16,19 +16,19 @@ class ValidationScores:
 
     Attributes:
         step: optimizer steps done before it.
-        loss: summed answer cross-entropy ÷ answer tokens, in nats; NaN or infinite where the model has diverged.
         hit_ratio: HR@1, hits ÷ rows.
+        loss: summed answer cross-entropy ÷ answer tokens, in nats; NaN or infinite where the model has diverged.
         valid_ratio: generated answers that name a candidate ÷ rows; None where nothing was generated.
         rows: validated.
         seconds: of the slowest rank.
     """
 
     step: int
-    loss: float
     hit_ratio: float
-    valid_ratio: float | None
-    rows: int
-    seconds: float
+    loss: float
+    valid_ratio: float | None = None
+    rows: int = 0
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values by field; a loss that is not finite, which JSON cannot hold, becomes None."""
@@ -38,7 +38,7 @@ class ValidationScores:
     def from_dict(cls, values: dict[str, Any]) -> ValidationScores:
         """Back from `to_dict`."""
         loss = math.nan if values["loss"] is None else values["loss"]
-        return cls(**{**values, "loss": loss})
+        return cls(**{**values, "loss": float(loss), "step": int(values["step"])})
 
 
 class Validator(Protocol):
@@ -59,7 +59,10 @@ def is_better(scores: ValidationScores, best: ValidationScores | None) -> bool:
 
 
 def _merit(scores: ValidationScores) -> tuple[float, float]:
-    return scores.hit_ratio, -scores.loss if math.isfinite(scores.loss) else -math.inf
+    return (
+        -math.inf if math.isnan(scores.hit_ratio) else scores.hit_ratio,
+        -scores.loss if math.isfinite(scores.loss) else -math.inf,
+    )
 
 
 @dataclass(frozen=True)

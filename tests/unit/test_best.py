@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llara_dist.errors import InputError
-from llara_dist.training.best import Score, is_better, read_best, write_best
+from llara_dist.training.best import read_best, write_best
+from llara_dist.training.scores import ValidationScores, is_better
 from llara_dist.training.trained import find_checkpoint
 from tests.unit.checkpoints import write_checkpoint
 
 scores = st.builds(
-    Score,
+    ValidationScores,
     st.integers(0, 99),
     st.sampled_from([0.0, 0.25, 0.5, math.nan]),
     st.sampled_from([0.5, 1.0, math.inf, math.nan]),
@@ -23,23 +24,23 @@ scores = st.builds(
 
 
 def test_hit_ratio_first_then_loss_then_the_earlier() -> None:
-    best = Score(step=10, hit_ratio=0.40, loss=1.5)
+    best = ValidationScores(step=10, hit_ratio=0.40, loss=1.5)
     assert is_better(best, None)
-    assert is_better(Score(20, 0.41, 9.0), best)
-    assert not is_better(Score(20, 0.39, 0.1), best)
-    assert is_better(Score(20, 0.40, 1.4), best)
-    assert not is_better(Score(20, 0.40, 1.6), best)
-    assert not is_better(Score(20, 0.40, 1.5), best)
+    assert is_better(ValidationScores(20, 0.41, 9.0), best)
+    assert not is_better(ValidationScores(20, 0.39, 0.1), best)
+    assert is_better(ValidationScores(20, 0.40, 1.4), best)
+    assert not is_better(ValidationScores(20, 0.40, 1.6), best)
+    assert not is_better(ValidationScores(20, 0.40, 1.5), best)
 
 
 def test_what_is_not_a_number_is_worse_than_any_number() -> None:
-    assert not is_better(Score(2, math.nan, 0.1), Score(1, 0.0, 9.0))
-    assert is_better(Score(2, 0.0, 9.0), Score(1, math.nan, 0.1))
-    assert not is_better(Score(2, 0.5, math.nan), Score(1, 0.5, 9.0))
+    assert not is_better(ValidationScores(2, math.nan, 0.1), ValidationScores(1, 0.0, 9.0))
+    assert is_better(ValidationScores(2, 0.0, 9.0), ValidationScores(1, math.nan, 0.1))
+    assert not is_better(ValidationScores(2, 0.5, math.nan), ValidationScores(1, 0.5, 9.0))
 
 
 @given(scores, scores, scores)
-def test_better_is_a_strict_order(one: Score, two: Score, three: Score) -> None:
+def test_better_is_a_strict_order(one: ValidationScores, two: ValidationScores, three: ValidationScores) -> None:
     assert not is_better(one, one)
     assert not (is_better(one, two) and is_better(two, one))
     if is_better(one, two) and is_better(two, three):
@@ -50,8 +51,8 @@ def test_the_best_is_found_by_the_runs_folder(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for step in (10, 20, 30):
         write_checkpoint(folder, step)
-    write_best(folder, Score(20, 0.5, 1.25))
-    assert read_best(folder) == Score(20, 0.5, 1.25)
+    write_best(folder, ValidationScores(20, 0.5, 1.25))
+    assert read_best(folder) == ValidationScores(20, 0.5, 1.25)
     assert find_checkpoint(tmp_path, "best").step == 20
     assert find_checkpoint(tmp_path, "last").step == 30
     assert find_checkpoint(folder / "step-00000010").step == 10
@@ -66,7 +67,7 @@ def test_a_best_that_cannot_be_had_is_one_line_with_a_remedy(tmp_path: Path) -> 
         find_checkpoint(tmp_path, "best")
     with pytest.raises(InputError, match=r"is one checkpoint already; give the run's folder"):
         find_checkpoint(path, "best")
-    write_best(folder, Score(5, 0.5, 1.0))
+    write_best(folder, ValidationScores(5, 0.5, 1.0))
     with pytest.raises(InputError, match=r"step-00000005.*not found.*names it as the best: use --checkpoint last"):
         find_checkpoint(tmp_path, "best")
     (folder / "best.json").write_text('{"step": 10}')

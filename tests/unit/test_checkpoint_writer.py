@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 
 from llara_dist.errors import InputError
 from llara_dist.training import checkpoint_writer
-from llara_dist.training.best import Score, read_best, write_best
+from llara_dist.training.best import read_best, write_best
 from llara_dist.training.checkpoint import best_checkpoint, newest_checkpoint, open_checkpoint
 from llara_dist.training.checkpoint_writer import CheckpointWriter, free_bytes, rotate
+from llara_dist.training.scores import ValidationScores
 from llara_dist.training.snapshot import Snapshot, write_snapshot
 from tests.unit.checkpoints import SmallEngine, snapshot, write_checkpoint
 
@@ -270,7 +271,7 @@ def test_rotation_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_best_stays_until_another_is_better(tmp_path: Path) -> None:
-    bests = {2: Score(2, 0.5, 1.0), 5: Score(5, 0.6, 1.0)}
+    bests = {2: ValidationScores(2, 0.5, 1.0), 5: ValidationScores(5, 0.6, 1.0)}
     kept = []
     with CheckpointWriter(tmp_path, keep_last=2) as writer:
         for step in range(1, 7):
@@ -284,7 +285,7 @@ def test_the_best_stays_until_another_is_better(tmp_path: Path) -> None:
 def test_a_best_that_a_resumed_run_passed_over_is_unnamed_before_it_goes(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, step)
-    write_best(tmp_path, Score(3, 0.5, 1.0))
+    write_best(tmp_path, ValidationScores(3, 0.5, 1.0))
     (tmp_path / "step-00000003" / "optimizer.safetensors").write_bytes(b"damaged")
     assert newest_checkpoint(tmp_path).step == 2  # type: ignore[union-attr]
     rotate(tmp_path, tmp_path / "step-00000002", keep_last=2)
@@ -308,7 +309,7 @@ def save_without_end(folder: Path, reports: Connection) -> None:
     with CheckpointWriter(folder, keep_last=2) as writer:
         while True:
             step += 1
-            writer.write(snapshot(step), Score(step, float(step), 0.0) if step % 3 == 0 else None)
+            writer.write(snapshot(step), ValidationScores(step, float(step), 0.0) if step % 3 == 0 else None)
             for written in writer.ended():
                 assert written.problem is None
                 reports.send_bytes(written.step.to_bytes(8))

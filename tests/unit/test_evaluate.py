@@ -23,7 +23,8 @@ from llara_dist.evaluation.evaluate import default_folder, evaluate, form_is_hyb
 from llara_dist.evaluation.predict import join_rows, predict
 from llara_dist.recommenders.training import train as train_recommender
 from llara_dist.stream.reader import ShardSet
-from llara_dist.training.best import Score, write_best
+from llara_dist.training.best import write_best
+from llara_dist.training.scores import ValidationScores
 from llara_dist.training.trained import load_trained
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import train_all
@@ -129,7 +130,7 @@ def test_the_best_checkpoint_is_evaluated_apart_from_the_last(tuned: Path, tmp_p
     run = shutil.copytree(tuned / "run", tmp_path / "run")
     with pytest.raises(InputError, match=r"best.json: not found.*did not validate.*use --checkpoint last"):
         evaluate(run, checkpoint="best", device="cpu")
-    write_best(run / "checkpoints", Score(step=2, hit_ratio=0.5, loss=1.0))
+    write_best(run / "checkpoints", ValidationScores(step=2, hit_ratio=0.5, loss=1.0))
     best = evaluate(run, checkpoint="best", generation=False, limit=3, device="cpu")
     assert (best["checkpoint"], best["step"]) == ("best", 2)
     assert best["out"] == str(run / "evaluation" / "test-hybrid-best-first-3")
