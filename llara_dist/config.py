@@ -23,7 +23,8 @@ class ModelConfig:
     """The frozen language model and how it is held.
 
     Attributes:
-        path: folder or hub id of a Llama-architecture model with its tokenizer.
+        path: folder or hub id of a Llama-architecture model with its tokenizer; with bits=4 also what
+            `llara-dist quantize` made of one, which is loaded without quantising again.
         revision: hub revision (branch, tag or commit); ignored for a folder.
         bits: 4 = NF4 with double quantisation (bitsandbytes), 16 = bfloat16, 32 = float32.
         compute_dtype: what matrix products run in; auto = bfloat16 where the device has it, else float32.
