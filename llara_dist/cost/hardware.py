@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llara_dist.errors import InputError
@@ -96,7 +97,9 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def measure_cpu(size: int = 1024, repeats: int = 5) -> Hardware:
-    """This process' CPU share: the best of a few float32 matrix products and of a few copies (about a second).
+    """One core of this machine: the best of a few float32 matrix products and of a few copies (about a second).
+
+    Rates are by CPU seconds of this process, so that other work on the core does not lower them.
 
     Args:
         size: of the square matrices.
@@ -114,11 +117,10 @@ def measure_cpu(size: int = 1024, repeats: int = 5) -> Hardware:
     return Hardware("cpu", 0, 2 * size**3 / product, bandwidth, bandwidth / 8, bandwidth / 8, "cpu")
 
 
-def _best_seconds(work: object, repeats: int) -> float:
-    assert callable(work)
+def _best_seconds(work: Callable[[], object], repeats: int) -> float:
     best = float("inf")
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - started)
     return best

@@ -93,7 +93,7 @@ def estimate_run_memory(
         ds_config: what `read_ds_config` returned.
         world_size: ranks.
         item_table: (items, d).
-        samples: of the shards, `SampleSizes.of(shards.info)`.
+        samples: of the shards, `SampleSizes.of(shards.info, shards.longest)`.
         device_type: cuda or cpu.
         bfloat16: whether `compute_dtype(config.model, device)` is bfloat16.
 

@@ -80,15 +80,17 @@ class SampleSizes:
     slots: int = 30
 
     @classmethod
-    def of(cls, shards: dict[str, Any]) -> SampleSizes:
-        """From a shards folder's `info`; the answers' length and the number of slots stay the defaults.
+    def of(cls, info: dict[str, Any], longest: int) -> SampleSizes:
+        """Of training samples that are at hand; answers' length and number of slots stay the defaults.
 
-        Of a mixture, whose sources are folders of their own, only the longest row is taken where it is stated.
+        Args:
+            info: of the shards folder, `Samples.info`. A mixture states no number of tokens: there every sample counts
+                as the longest.
+            longest: `Samples.longest`.
         """
-        train = shards.get("splits", {}).get("train", {})
-        longest = int(train.get("longest_row_tokens", cls.longest))
-        mean = math.ceil(train["tokens"] / train["samples"]) if train.get("samples") and "tokens" in train else longest
-        return cls(mean=mean, longest=longest)
+        train = info.get("splits", {}).get("train", {})
+        known = "tokens" in train and train.get("samples", 0) > 0
+        return cls(mean=math.ceil(train["tokens"] / train["samples"]) if known else longest, longest=longest)
 
     def row(self, tokens: int, items: int) -> Work:
         """A packed row of so many tokens, of samples of the mean length, padded to the longest by attention.
