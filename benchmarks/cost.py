@@ -1,6 +1,6 @@
 """What the cost room predicts against what real training on CPU ranks does: memory, communication, time.
 
-    PYTHONPATH=. python benchmarks/cost.py [--out benchmarks/results/cost.json]
+    PYTHONPATH=. python benchmarks/cost.py [--out benchmarks/results/cost.json] [--runs FOLDER]
 
 Real runs through `llara_dist.training` (NF4, LoRA, projector, DeepSpeed with gloo) on one and two ranks, ZeRO 0 to 3
 and offload, with kept and recomputed activations, in two shapes. On rank 0 are measured, after the first steps:
@@ -74,10 +74,11 @@ def main() -> None:
     """Measure, compare and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--runs", type=Path, help="keep the runs here; what was observed there is not measured again")
     options = parser.parse_args()
     cpu = measure_cpu()
     with tempfile.TemporaryDirectory() as name:
-        cases = measure_all(Path(name))
+        cases = measure_all(options.runs or Path(name))
     fitted = fit(next(case for case in cases if case["name"] == "small-zero0-1"), cpu)
     for case in cases:
         case["time"] |= predict_times(case, cpu, fitted)
@@ -107,12 +108,13 @@ def versions() -> dict[str, str]:
 def measure_all(folder: Path) -> list[dict[str, Any]]:
     """Train every case, and put prediction beside measurement."""
     inputs = folder / "inputs"
-    inputs.mkdir()
-    make_inputs(inputs)
-    for shape, sizes in SHAPES.items():
-        write_shape(folder / shape, vocab_size=450, num_attention_heads=8, num_key_value_heads=4, **sizes)
-        for path in (inputs / "llm").glob("tokenizer*"):
-            (folder / shape / path.name).write_bytes(path.read_bytes())
+    if not inputs.exists():
+        inputs.mkdir(parents=True)
+        make_inputs(inputs)
+        for shape, sizes in SHAPES.items():
+            write_shape(folder / shape, vocab_size=450, num_attention_heads=8, num_key_value_heads=4, **sizes)
+            for path in (inputs / "llm").glob("tokenizer*"):
+                (folder / shape / path.name).write_bytes(path.read_bytes())
     cases = []
     for ranks in (1, 2):
         configs = {}
@@ -121,7 +123,9 @@ def measure_all(folder: Path) -> list[dict[str, Any]]:
                 for recompute in (False, True) if stage in ("zero0", "zero3") else (False,):
                     name = f"{shape}-{stage}{'-recomputed' if recompute else ''}-{ranks}"
                     configs[name] = case_config(inputs, folder, shape, stage, recompute, name)
-        run_ranks(observe, ranks, folder / f"ranks-{ranks}", list(configs.values()), timeout_s=3000)
+        missing = [config for config in configs.values() if not (config.out / "observed.json").exists()]
+        if missing:
+            run_ranks(observe, ranks, folder / f"ranks-{ranks}", missing, timeout_s=3000)
         cases += [compare(name, config, ranks) for name, config in configs.items()]
     return cases
 
@@ -220,7 +224,6 @@ def compare(name: str, config: RunConfig, ranks: int) -> dict[str, Any]:
     largest = max((Work(**row["largest"]) for row in found["observed"]), key=lambda work: work.tokens)
     activations = activation_bytes(model, largest, "cpu")
     peak = activations.total + activations.workspace + fleeting + gathered
-    peak = max(peak, fleeting)
     sent = [step_traffic(model, zero, ranks, row["microbatches"]).bytes for row in found["observed"]]
     return {
         "name": name,

@@ -73,7 +73,7 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
         outside += 2 * shape.embedding_weights if model.bits == 32 else 0
     total = shape.layers * kept + outside
     largest = max(linear.weights for linear in shape.linears)
-    flight = compute * tokens * 4 * shape.intermediate + 4 * tokens * 4 * shape.hidden
+    flight = 2 * tokens * (compute * shape.intermediate + 4 * shape.hidden)
     logits = work.answer_tokens * shape.vocabulary * (4 + 2 * compute)
     whole_again = layer + casts if model.recompute else 0
     dequantised = compute * largest if model.bits == 4 else 0

@@ -7,11 +7,13 @@ gradients and AdamW's two moments are float32: with P trained elements on W rank
 - stage 0: 4P parameters, 4P gradients, 8P moments, 4P gradients flattened to be reduced (W > 1);
 - stages 1 and 2: 4P parameters, 4P/W masters, 8P/W moments; stage 1 keeps 4P gradients until the last micro-batch,
   stage 2 4P/W; a bucket of `reduce_bucket_size` floats (two where reductions overlap);
-- stage 3: 4P/W parameters, which are the masters too, 8P/W moments, 4P/W gradients, the bucket; frozen weights are
-  partitioned as well, quantisation constants and tensors up to the persistence threshold are not; gathered
-  parameters up to the larger of `stage3_max_live_parameters` and `stage3_max_reuse_distance`.
+- stage 3: 4P/W parameters, 4P/W masters (equal to them; DeepSpeed 0.19 compares a device with its name and so copies
+  them all the same), 8P/W moments, 4P/W gradients, the bucket; frozen weights are partitioned as well, quantisation
+  constants are not, tensors up to the persistence threshold stay whole too; gathered parameters up to the larger of
+  `stage3_max_live_parameters` and `stage3_max_reuse_distance`.
 
-With the optimizer offloaded, masters, moments and partitioned gradients lie on the host.
+With the optimizer offloaded, the host holds 20P/W under stage 3 (masters, moments, gradients and where they are
+gathered) and 24P/W under stages 1 and 2 (and a buffer for the updated parameters; read in DeepSpeed, not measured).
 
 DeepSpeed's initialisation places the whole 4-bit model on the device before ZeRO-3 partitions it (zero.Init is skipped
 for quantised models): `start` is that peak, and a model that does not fit then does not fit.
@@ -176,12 +178,14 @@ def frozen_bytes(model: TunedModel, zero: ZeroSettings, world_size: int) -> dict
         return sum(math.ceil(n / world_size) + (n if n <= zero.persistence else 0) for n in counts)
 
     elements = sum(n for n in packed + others if n > zero.persistence)
-    gathered = min(elements, max(zero.max_live, zero.max_reuse_distance))
+    everything = sum(size * n for n in packed if n > zero.persistence)
+    everything += sum(held * n for n in others if n > zero.persistence)
+    live = min(1.0, max(zero.max_live, zero.max_reuse_distance) / elements) if elements else 0.0
     return {
         "packed weights": size * on_rank(packed),
         "quantisation constants": constants,
         "unquantised weights": held * on_rank(others),
-        "gathered weights": gathered * max(size, 1) if world_size > 1 else 0,
+        "gathered weights": math.ceil(live * everything) if world_size > 1 else 0,
     }
 
 
@@ -198,10 +202,10 @@ def trained_bytes(model: TunedModel, zero: ZeroSettings, world_size: int) -> tup
         persistent = 4 * sum(size for size in sizes if size <= zero.persistence)
         held = {"trained": persistent, "gradients": 0, "moments": 0, "communication": bucket}
         if not zero.offload_optimizer:
-            held = {**held, "trained": persistent + part, "gradients": part, "moments": 2 * part}
+            held = {**held, "trained": persistent + 2 * part, "gradients": part, "moments": 2 * part}
             return held, 0
-        return {**held, "trained": persistent + part}, 4 * part
+        return {**held, "trained": persistent + part}, 5 * part
     if zero.offload_optimizer:
-        return {"trained": whole, "gradients": part, "moments": 0, "communication": bucket}, 4 * part
+        return {"trained": whole, "gradients": part, "moments": 0, "communication": bucket}, 6 * part
     gradients = whole if zero.stage == 1 else part
     return {"trained": whole + part, "gradients": gradients, "moments": 2 * part, "communication": bucket}, 0

@@ -128,7 +128,7 @@ def test_stages_need_less_in_order(world_size: int) -> None:
         assert held == sorted(held, reverse=True)
     device, host = trained_bytes(model, ZeroSettings(stage=2, offload_optimizer=True), world_size)
     assert device["moments"] == 0
-    assert host == 16 * -(-model.trainable // world_size)
+    assert host == 24 * -(-model.trainable // world_size)
 
 
 def test_recomputation_and_a_smaller_budget_need_less() -> None:
