@@ -128,7 +128,7 @@ class RunValidator:
         ids = np.argsort(keys, kind="stable")[: self._settings.rows or None]
         self._turns = [
             turn
-            for alike in _by_candidates(samples, ids)
+            for alike in by_candidates(samples, ids)
             for turn in turns_of(alike, samples.lookup(alike).tokens, world.rank, world.size, self._settings.batch_size)
         ]
 
@@ -232,7 +232,7 @@ def _tally(scored: Likelihoods, columns: np.ndarray, hits: float, valid: int) ->
     )
 
 
-def _by_candidates(samples: Samples, ids: np.ndarray) -> Sequence[np.ndarray]:
+def by_candidates(samples: Samples, ids: np.ndarray) -> Sequence[np.ndarray]:
     """The rows in groups that show equally many candidates; a mixture's data sets may differ."""
     parts = parts_of(samples)
     widths = np.array([part.info["recipe"]["num_candidates"] for part in parts])
