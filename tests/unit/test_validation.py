@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig, RunConfig, ValidationConfig
+from llara_dist.data import build as shards
+from llara_dist.data.prepare import prepare
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
@@ -35,10 +37,13 @@ from llara_dist.evaluation.validation import (
 )
 from llara_dist.integrity import json_text, parse_json
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
+from llara_dist.model.tiny import tiny_base
 from llara_dist.recommenders.item_table import load_item_table
+from llara_dist.stream.locations import mix, node_cache, open_samples
 from llara_dist.stream.reader import ShardSet
 from llara_dist.training.evaluation_mode import evaluation_mode, is_partitioned
 from llara_dist.training.scores import Patience, ValidationScores, is_better
+from tests.runs import RECIPE
 from tests.tiny import make_sample
 from tests.unit.test_decode import EOS, build
 from tests.validation import answering, make_answering_inputs
@@ -230,20 +235,27 @@ def test_shares_of_ranks_add_up(inputs: Path, model: HybridLlama) -> None:
     assert hits == pytest.approx(whole.hit_ratio * 7, abs=1e-9)
 
 
-def test_a_mixtures_rows_are_grouped_by_their_number_of_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Part:
-        def __init__(self, rows: int, width: int) -> None:
-            self.rows, self.info = rows, {"recipe": {"num_candidates": width}}
-
-        def __len__(self) -> int:
-            return self.rows
-
-    parts: Any = (Part(3, 20), Part(2, 10), Part(2, 20))
-    monkeypatch.setattr("llara_dist.evaluation.validation.parts_of", lambda samples: parts)
-    samples: Any = None
-    groups = by_candidates(samples, np.array([6, 0, 3, 2, 4, 5]))
-    assert [group.tolist() for group in groups] == [[3, 4], [6, 0, 2, 5]]
-    assert [group.tolist() for group in by_candidates(samples, np.array([1, 0]))] == [[1, 0]]
+def test_a_mixture_of_unequal_numbers_of_candidates_is_pooled(inputs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(RECIPE.replace("small", "other").replace("count: 10", "count: 5").replace("seed: 5", "seed: 6"))
+    prepare(recipe=str(recipe), out=tmp_path / "data")
+    shards.build(data=tmp_path / "data", tokenizer=tiny_base(), out=tmp_path / "shards", processes=1)
+    mix([str(inputs / "shards"), str(tmp_path / "shards")], tmp_path / "mixture")
+    config = with_validation(inputs, batch_size=4, generation=False)
+    table = torch.randn(80, 16, generator=torch.Generator().manual_seed(0))
+    model = build_hybrid_llama(config.model, config.lora, config.projector, table, torch.device("cpu"), config.seed)
+    found = []
+    for place in ("mixture", "shards"):
+        mixed = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=str(tmp_path / place)))
+        validator = open_validator(mixed, World())
+        assert validator is not None
+        found.append(validator(engine_of(model), 0))
+    both, other = found
+    assert (both.rows, other.rows) == (15 + 6, 6)
+    samples = open_samples(str(tmp_path / "mixture"), "val", node_cache(config.data))
+    groups = by_candidates(samples, np.array([20, 0, 15, 2]))
+    assert [group.tolist() for group in groups] == [[20, 15], [0, 2]]
+    assert [len(sample.candidates) for sample in samples.read([20, 15, 0, 2])] == [5, 5, 10, 10]
 
 
 def test_no_validation_unless_asked_for(inputs: Path) -> None:
