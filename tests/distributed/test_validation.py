@@ -164,7 +164,7 @@ def answer_loss(config: RunConfig, rows: int) -> float:
         return trained.model(batch).item() / batch.answer_tokens
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.long) for size in (1, 2)), 3])
 def test_the_numbers_are_those_of_evaluate(
     size: int, tuned: RunConfig, expected: dict[int, dict[str, float | None]], tmp_path: Path
 ) -> None:
