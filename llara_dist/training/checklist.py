@@ -45,14 +45,14 @@ class Checklist:
             return None
         try:
             result = check(*needs)
+            if passed is not None:
+                self.note(name, passed(result))
         except InputError as error:
             self.findings.extend(findings_of(name, error))
             return None
         except OSError as error:
             self.findings.append(Finding(name, f"{error.filename or name}: {error.strerror or error}"))
             return None
-        if passed is not None:
-            self.note(name, passed(result))
         return result
 
     def note(self, name: str, found: str) -> None:
