@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.console import say, table, warn
+from llara_dist.cost.architecture import Architecture
+from llara_dist.cost.memory import estimate_run_memory
+from llara_dist.cost.tuned import TunedModel
+from llara_dist.cost.work import SampleSizes
 from llara_dist.distributed import World
 from llara_dist.ds_config import CHECK, check_ds_config, load_ds_config, zero_stage
 from llara_dist.errors import Finding, InputError
@@ -22,7 +25,7 @@ from llara_dist.stream.plan import Plan
 from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world
 from llara_dist.training import debug, resources
-from llara_dist.training.base_model import check_storage, check_weight_files, trainable_parameters
+from llara_dist.training.base_model import check_weight_files, held_as
 from llara_dist.training.checklist import Checklist
 from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
 from llara_dist.training.consistency import check_context, check_recommender, check_tokenizer, check_zero_section
@@ -32,9 +35,6 @@ from llara_dist.training.versions import check_versions, installed_versions
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig
-
-MemoryEstimate = Callable[[RunConfig, "LlamaConfig", dict[str, Any], int, int], resources.MemoryNeed]
-"""(run, architecture, ds_config, width of the item table, world size) → what one rank needs"""
 
 BYTES_SAVED = 16
 """a trained number in a checkpoint: float32 master, two moments, and the copy in the adapter or projector file"""
@@ -63,7 +63,22 @@ class Inputs:
     contract: dict[str, Any]
 
 
-def open_inputs(config: RunConfig, world: World, estimate: MemoryEstimate | None = None) -> Inputs:
+@dataclass(frozen=True)
+class Machine:
+    """Where a rank runs.
+
+    Attributes:
+        world: its place among the ranks.
+        local_ranks: ranks on its node.
+        device: that it computes on.
+    """
+
+    world: World
+    local_ranks: int
+    device: torch.device
+
+
+def open_inputs(config: RunConfig, world: World) -> Inputs:
     """Open shards, item table, ds_config and checkpoint, and check that they and the machine suit each other.
 
     Every rank calls it, before any is joined to another. Rank 0 says what is worth a warning.
@@ -71,12 +86,11 @@ def open_inputs(config: RunConfig, world: World, estimate: MemoryEstimate | None
     Args:
         config: the run.
         world: where this process stands.
-        estimate: of memory; None = memory is not checked.
 
     Raises:
         FindingsError: everything that was found wrong, with what to do about each.
     """
-    checks, inputs = examine(config, world, distributed.local_size(world), estimate)
+    checks, inputs = examine(config, world, distributed.local_size(world))
     if world.is_main:
         for finding in checks.of("warning"):
             warn(finding.line)
@@ -120,16 +134,13 @@ def preflight(config: RunConfig, ranks: int = 0) -> dict[str, Any]:
     return {"findings": [dataclasses.asdict(finding) for finding in checks.findings]}
 
 
-def examine(
-    config: RunConfig, world: World, local_ranks: int, estimate: MemoryEstimate | None = None
-) -> tuple[Checklist, Inputs | None]:
+def examine(config: RunConfig, world: World, local_ranks: int) -> tuple[Checklist, Inputs | None]:
     """Run every check; the inputs are None where a check failed.
 
     Args:
         config: the run.
         world: where this process stands.
         local_ranks: ranks on this node.
-        estimate: of memory; None = memory is not checked.
     """
     checks = Checklist()
     checks.run("inputs", config.require_inputs)
@@ -139,7 +150,7 @@ def examine(
     model = config.model if config.model.path else None
     architecture = checks.run("model", read_llama_config, model, passed=_describe)
     weights = checks.run("weight files", check_weight_files, model, architecture, passed=str)
-    checks.run("storage dtype", check_storage, model, architecture, passed=str)
+    checks.run("storage dtype", held_as, model, architecture, passed=str)
 
     cache = node_cache(config.data)
     location = config.data.shards or None
@@ -163,7 +174,10 @@ def examine(
         checks.note("checkpoint", f"{checkpoint.path}" if checkpoint else "none yet: the run starts at step 0")
     if checkpoint is not None:
         checks.run("fingerprint", check_contract, checkpoint, contract, passed=lambda _: "the checkpoint's run")
-    _examine_room(checks, config, world, local_ranks, device, architecture, ds_config, item_table, estimate)
+    machine = None if device is None else Machine(world, local_ranks, device)
+    tuned = checks.run("trained", _tuned, config, machine, architecture, item_table, passed=_describe_trained)
+    checks.run("disk", _examine_disk, checks, config, tuned)
+    checks.run("memory", _examine_memory, checks, config, machine, architecture, tuned, ds_config, shards)
 
     if checks.of("error"):
         return checks, None
@@ -249,32 +263,52 @@ def _examine_batch(
     )
 
 
-def _examine_room(
+def _describe_trained(tuned: TunedModel) -> str:
+    return f"{tuned.trainable:,} parameters of LoRA and projector"
+
+
+def _tuned(config: RunConfig, machine: Machine, architecture: LlamaConfig, item_table: ItemTable) -> TunedModel:
+    bfloat16 = str(compute_dtype(config.model, machine.device)) == "torch.bfloat16"
+    items, width = item_table.weight.shape
+    return TunedModel.of(config, Architecture.of(architecture), (items, width), bfloat16)
+
+
+def _examine_disk(checks: Checklist, config: RunConfig, tuned: TunedModel) -> None:
+    """Whether the disk holds the checkpoints: those that stay, the best by validation, and the one being written."""
+    need = BYTES_SAVED * tuned.trainable * (config.checkpoint.keep_last + 2)
+    if checks.extend(resources.check_disk(config.out, need)):
+        checks.note("disk", f"{need / resources.GIB:.2f} GiB of checkpoints at most")
+
+
+def _examine_memory(
     checks: Checklist,
     config: RunConfig,
-    world: World,
-    local_ranks: int,
-    device: torch.device | None,
-    architecture: LlamaConfig | None,
-    ds_config: dict[str, Any] | None,
-    item_table: ItemTable | None,
-    estimate: MemoryEstimate | None,
+    machine: Machine,
+    architecture: LlamaConfig,
+    tuned: TunedModel,
+    ds_config: dict[str, Any],
+    shards: Samples,
 ) -> None:
-    """Whether disk and memory hold the run."""
-    if architecture is None or item_table is None:
-        return
-    trained = trainable_parameters(architecture, config.lora, config.projector, item_table.weight.shape[1])
-    # Those that stay, the best by validation, and the one being written.
-    need = BYTES_SAVED * trained * (config.checkpoint.keep_last + 2)
-    if checks.extend(resources.check_disk(config.out, need)):
-        checks.note("disk", f"checkpoints of {trained:,} trained parameters: {need / resources.GIB:.2f} GiB")
-    if estimate is None or ds_config is None or device is None:
-        return
-    memory = estimate(config, architecture, ds_config, item_table.weight.shape[1], world.size)
-    where = f"rank {world.rank} on {socket.gethostname()}"
-    device_free, host_free = resources.free_device_bytes(device), resources.free_host_bytes()
-    if checks.extend(resources.check_memory(memory, device_free, host_free, local_ranks, where)):
-        free = host_free // local_ranks if device_free is None else device_free
-        checks.note(
-            "memory", f"about {memory.device_bytes / resources.GIB:.1f} of {free / resources.GIB:.1f} GiB a rank"
+    """Whether memory holds a rank on its device, and the node's ranks on their host."""
+    memory = estimate_run_memory(
+        config,
+        architecture,
+        ds_config,
+        machine.world.size,
+        (tuned.items, tuned.item_dim),
+        SampleSizes.of(shards.info),
+        machine.device.type,
+        tuned.bfloat16,
+    )
+    device_free, host_free = resources.free_device_bytes(machine.device), resources.free_host_bytes()
+    where = f"rank {machine.world.rank} on {socket.gethostname()}"
+    findings = resources.check_memory(
+        memory.device_bytes, memory.host_bytes, device_free, host_free, machine.local_ranks, where
+    )
+    if checks.extend(findings):
+        gib = resources.GIB
+        on_device = "" if device_free is None else f" of {device_free / gib:.1f} free"
+        needs = (
+            f"{memory.device_bytes / gib:.1f} GiB{on_device} on its device, {memory.host_bytes / gib:.1f} GiB beside"
         )
+        checks.note("memory", f"a rank needs about {needs}; the node has {host_free / gib:.1f} GiB free")

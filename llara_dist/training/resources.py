@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +20,6 @@ CERTAIN = 1.2
 TIGHT = 0.9
 FILES = 256
 """shards that one reader keeps open at most, besides what the libraries open"""
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """An estimate of what one rank needs at its peak.
-
-    Attributes:
-        device_bytes: on the device; on the CPU, in host memory too.
-        host_bytes: in host memory, of the process itself.
-    """
-
-    device_bytes: int
-    host_bytes: int = 0
 
 
 def free_host_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path | None = None) -> int:
@@ -63,12 +49,13 @@ def free_host_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path | None =
 
 
 def check_memory(
-    need: MemoryNeed, device_free: int | None, host_free: int, local_ranks: int, where: str
+    device_bytes: int, host_bytes: int, device_free: int | None, host_free: int, local_ranks: int, where: str
 ) -> list[Finding]:
     """Whether a rank fits on its GPU, and the node's ranks in the node's memory.
 
     Args:
-        need: of one rank.
+        device_bytes: needed by one rank on its device; on the CPU, in host memory too.
+        host_bytes: needed by its process in host memory.
         device_free: bytes that are free on this rank's GPU, None on the CPU.
         host_free: bytes of host memory that the node's ranks can still take together.
         local_ranks: ranks on this node.
@@ -76,8 +63,8 @@ def check_memory(
     """
     findings = []
     if device_free is not None:
-        findings += _compare(need.device_bytes, device_free, f"{where}: GPU memory", everywhere=False)
-    host = need.host_bytes + (need.device_bytes if device_free is None else 0)
+        findings += _compare(device_bytes, device_free, f"{where}: GPU memory", everywhere=False)
+    host = host_bytes + (device_bytes if device_free is None else 0)
     findings += _compare(host * local_ranks, host_free, f"{where}: memory of {local_ranks} ranks", everywhere=True)
     return findings
 

@@ -8,7 +8,6 @@ import pytest
 
 from llara_dist.training.resources import (
     GIB,
-    MemoryNeed,
     check_bf16,
     check_disk,
     check_memory,
@@ -51,19 +50,19 @@ def test_a_limit_on_this_group_or_one_above_counts(meminfo: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("need", "device_free", "host_free", "expected"),
     [
-        (MemoryNeed(8 * GIB), None, 40 * GIB, []),
-        (MemoryNeed(8 * GIB), None, 33 * GIB, ["warning"]),
-        (MemoryNeed(8 * GIB), None, 20 * GIB, ["error"]),
-        (MemoryNeed(30 * GIB, 4 * GIB), 79 * GIB, 100 * GIB, []),
-        (MemoryNeed(75 * GIB, 4 * GIB), 79 * GIB, 100 * GIB, ["warning"]),
-        (MemoryNeed(130 * GIB, 4 * GIB), 79 * GIB, 100 * GIB, ["error"]),
-        (MemoryNeed(130 * GIB, 40 * GIB), 79 * GIB, 100 * GIB, ["error", "error"]),
+        ((8 * GIB, 0), None, 40 * GIB, []),
+        ((8 * GIB, 0), None, 33 * GIB, ["warning"]),
+        ((8 * GIB, 0), None, 20 * GIB, ["error"]),
+        ((30 * GIB, 4 * GIB), 79 * GIB, 100 * GIB, []),
+        ((75 * GIB, 4 * GIB), 79 * GIB, 100 * GIB, ["warning"]),
+        ((130 * GIB, 4 * GIB), 79 * GIB, 100 * GIB, ["error"]),
+        ((130 * GIB, 40 * GIB), 79 * GIB, 100 * GIB, ["error", "error"]),
     ],
 )
 def test_four_ranks_against_the_memory_of_gpu_and_node(
-    need: MemoryNeed, device_free: int | None, host_free: int, expected: list[str]
+    need: tuple[int, int], device_free: int | None, host_free: int, expected: list[str]
 ) -> None:
-    findings = check_memory(need, device_free, host_free, 4, "rank 3 on node-b")
+    findings = check_memory(*need, device_free, host_free, 4, "rank 3 on node-b")
     assert [finding.severity for finding in findings] == expected
     assert all(finding.found.startswith("rank 3 on node-b: ") for finding in findings)
     # Each rank has a GPU of its own, the node's memory is every rank's.
