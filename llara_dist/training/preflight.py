@@ -296,7 +296,7 @@ def _examine_memory(
         ds_config,
         machine.world.size,
         (tuned.items, tuned.item_dim),
-        SampleSizes.of(shards.info),
+        SampleSizes.of(shards.info, shards.longest),
         machine.device.type,
         tuned.bfloat16,
     )
