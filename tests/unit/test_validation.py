@@ -61,7 +61,7 @@ SCORES = st.builds(
 
 
 def scores(step: int, hit_ratio: float, loss: float) -> ValidationScores:
-    return ValidationScores(step, loss, hit_ratio, None, 94, 1.0)
+    return ValidationScores(step=step, hit_ratio=hit_ratio, loss=loss, valid_ratio=None, rows=94, seconds=1.0)
 
 
 def test_higher_hit_ratio_is_better_and_loss_breaks_ties() -> None:
