@@ -12,7 +12,8 @@ A step is M micro-batches, then the optimizer. Parts are added, since DeepSpeed 
   tree. Within a node the links are `intra_node`; across nodes all of a node's network ports work together.
 
 The efficiencies are assumptions (DEFAULT), not measurements; no GPU has confirmed them here. Waiting for data, uneven
-ranks and stragglers are not modelled. `benchmarks/cost.py` holds the model against real steps on CPU ranks.
+ranks, stragglers and the host's work for ZeRO-3's hooks are not modelled. `benchmarks/cost.py` holds the model against
+real steps on CPU ranks.
 """
 
 from __future__ import annotations
