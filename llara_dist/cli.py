@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -284,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_REQUEUE)
     except RankLostError as error:
         report(InputError(str(error), everywhere=False))
-        sys.exit(EXIT_RANK_LOST)
+        sys.stdout.flush()
+        os._exit(EXIT_RANK_LOST)  # an exit in order would wait for the rank that is gone
     except RunFailedError as error:
         report(InputError(str(error)))
         sys.exit(1)

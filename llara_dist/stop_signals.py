@@ -34,6 +34,11 @@ class StopSignals:
             # None: whoever set it was not Python; there is no way to put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def ignore(self) -> None:
+        """The process is about to exit with a code of its own: from now on, left or not, the signals do nothing."""
+        ignore_stop_signals()
+        self._before.clear()
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.console import say
 from llara_dist.distributed import World
-from llara_dist.errors import RequeueError, RunFailedError
+from llara_dist.errors import RankLostError, RequeueError, RunFailedError
 from llara_dist.evaluation.validation import open_validator
-from llara_dist.stop_signals import StopSignals, ignore_stop_signals
+from llara_dist.stop_signals import StopSignals
 from llara_dist.training.checkpoint_writer import newest_step
 from llara_dist.training.debug import Debugger, clear, shrink
 from llara_dist.training.loop import StoppedError, train_loop
@@ -49,8 +48,9 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
     if debug:
         clear(config.out)
     device = distributed.pick_device(config.device, world)
-    distributed.initialise(world, device)
     faults, status, signals = config.faults, RankStatus(), StopSignals()
+    # The group's own time-out knows less than the watchdog's report, which is to come first.
+    distributed.initialise(world, device, timeout_s=max(1800.0, 3 * faults.hang_timeout_s))
     try:
         with (
             signals,
@@ -67,13 +67,18 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
                 record_start(config.out, distributed.read_job(), run.first_step)
                 announce(config, inputs)
             try:
-                return train_loop(run, debugger, profile, lambda: signals.requested is not None, lambda: held.lost)
+                result = train_loop(run, debugger, profile, lambda: signals.requested is not None, lambda: held.lost)
             except StoppedError as stopped:
-                ignore_stop_signals()  # a signal that is sent again must not replace the exit code
+                signals.ignore()  # one that is sent again must not replace the exit code
                 raise requeue(config.out, stopped.done, world) from None
-    finally:
-        with contextlib.suppress(RuntimeError):  # the group of a lost rank may not come down in order
-            distributed.shut_down()
+    except RankLostError:
+        raise  # to take a group down whose member is gone may wait for it for ever
+    except BaseException:
+        distributed.shut_down()
+        raise
+    else:
+        distributed.shut_down()
+        return result
 
 
 def reopened(config: RunConfig, inputs: Inputs, world: World) -> Inputs:
@@ -102,8 +107,8 @@ def requeue(out: Path, done: int, world: World) -> RequeueError | RunFailedError
     """How a run that was asked to stop ends: to be started again, unless that has led nowhere; a collective."""
     again = distributed.gather_objects(may_requeue(out, done) if world.is_main else None)[0]
     if again:
-        return RequeueError(f"{out}: asked to stop; saved after step {done}: start again with --resume auto to go on")
+        return RequeueError(f"{out}: asked to stop, safe up to step {done}: start again with --resume auto to go on")
     return RunFailedError(
-        f"{out}: asked to stop again before a single step was done, saved after step {done}: no use in being requeued; "
+        f"{out}: asked to stop again before a single step was done, safe up to step {done}: no use in being requeued; "
         "give the job more time, or find out why starting takes so long"
     )

@@ -41,7 +41,8 @@ class Diagnosis:
         silent: no heartbeat, and nothing more is known from here: another host.
         missing: wrote no status in this start.
         finished: ended in order, while others still work.
-        behind: alive, at the earliest place of all that are alive, while others are further (or there is no other).
+        behind: alive, at the earliest place of all that are alive, while others are further or wait in a collective at
+            the same place; also a rank that is the only one.
         waiting: alive and further; every living rank where all stand at the same place.
         watched_s: for how long heartbeats were watched.
     """
@@ -117,7 +118,9 @@ def diagnose(watched: Mapping[int, Watched], world_size: int, watched_s: float) 
     earliest = min((r.progress.position for r in alive), default=None)
     behind = [r for r in alive if r.progress.position == earliest]
     if len(behind) == len(alive) > 1:
-        behind = []  # all at the same place: nobody holds up the others
+        # All at the same place: it is who computes, while others already wait in a collective; else nobody.
+        outside = [r for r in alive if not r.in_collective]
+        behind = outside if len(outside) < len(alive) else []
     return Diagnosis(
         failed=_ascending(r for r in ended if r.has_failed),
         dead=_ascending([*killed, *(w.record for w in gone if w.running is False)]),

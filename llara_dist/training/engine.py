@@ -144,11 +144,12 @@ class Engine:
         norm: Tensor | float | None = None
         last = len(step.microbatches) - 1
         for index, batch in enumerate(step.microbatches):
-            self.phases.enter(Phase.FORWARD, step.index, index, batch.keys)
+            keys = None if batch.is_empty else batch.keys
+            self.phases.enter(Phase.FORWARD, step.index, index, keys)
             self._reseed(step.index, index)
             loss = self._engine(batch.to(self.device))
             summed += loss.detach()
-            self.phases.enter(Phase.BACKWARD, step.index, index, batch.keys)
+            self.phases.enter(Phase.BACKWARD, step.index, index, keys)
             self._engine.set_gradient_accumulation_boundary(index == last)
             self._engine.backward(loss * (self.world.size / step.answer_tokens))
             trail.append(summed + self._gradient_check)
@@ -157,10 +158,10 @@ class Engine:
                 continue
             if self._stage == 0:  # the other stages report their own
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-            self.phases.enter(Phase.REDUCE, step.index, index, batch.keys)
+            self.phases.enter(Phase.REDUCE, step.index, index, keys)
             mine = [summed, self._gradient_check.double(), *(torch.full_like(summed, float(vote)) for vote in votes)]
             agreed = distributed.sum_tensor(torch.stack(mine)).tolist()
-            self.phases.enter(Phase.STEP, step.index, index, batch.keys)
+            self.phases.enter(Phase.STEP, step.index, index, keys)
             finite = math.isfinite(agreed[0] + agreed[1])
             with contextlib.nullcontext() if finite else self._no_update():
                 self._engine.step()

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 _MISSED_BEATS = 3
-_SHORTEST_SILENCE_S = 2.0
+_SHORTEST_SILENCE_S = 3.0
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def silence_s(interval_s: float) -> float:
     """For how long a process must give no sign of life to count as silent: three beats.
 
-    At least two seconds, which a thread may have to wait on a busy machine.
+    At least three seconds, which a thread may have to wait on a busy machine.
 
     Args:
         interval_s: seconds between its signs of life.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.training.debug import Debugger
@@ -17,7 +18,7 @@ from llara_dist.training.step_metrics import StepMetrics
 
 
 class StoppedError(RuntimeError):
-    """A rank was asked to stop; the run is saved after `done` steps.
+    """A rank was asked to stop; what the run's checkpoints hold goes as far as `done` steps.
 
     Args:
         done: optimizer steps.
@@ -72,6 +73,8 @@ def run_steps(
     loss: float | None = None
     done, phases = run.first_step, run.engine.phases
     metrics = StepMetrics(run)
+    if any(distributed.gather_objects(stop_requested())):
+        raise StoppedError(done)  # asked while the weights were loaded: there is nothing new to save
     if run.validations.owed_after == done:
         conclude(run, log, done)
     phases.enter(Phase.DATA, done)
@@ -101,6 +104,7 @@ def run_steps(
         profiler.step()
         phases.enter(Phase.DATA, done)
         waiting_since = time.perf_counter()
+    phases.enter(Phase.CHECKPOINT, done)  # the last write may still be under way, for as long as the disk takes
     return {"steps": done, "loss": loss, "stopped_early": run.validations.exhausted}
 
 

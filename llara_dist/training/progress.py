@@ -33,19 +33,20 @@ class Phase(StrEnum):
         return self in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.STEP)
 
 
-_PART_OF_STEP = {
-    Phase.STARTING: 0,
-    Phase.LOADING: 1,
-    Phase.DATA: 2,
-    Phase.FORWARD: 3,
-    Phase.BACKWARD: 3,
-    Phase.REDUCE: 4,
-    Phase.STEP: 5,
-    Phase.VALIDATION: 6,
-    Phase.CHECKPOINT: 7,
-    Phase.FINISHED: 8,
+_ORDER = {
+    Phase.STARTING: (0, 0),
+    Phase.LOADING: (1, 0),
+    Phase.DATA: (2, 0),
+    Phase.FORWARD: (3, 0),
+    Phase.BACKWARD: (3, 1),
+    Phase.REDUCE: (3, 2),
+    Phase.STEP: (3, 3),
+    Phase.VALIDATION: (4, 0),
+    Phase.CHECKPOINT: (5, 0),
+    Phase.FINISHED: (6, 0),
 }
-"""Forward and backward take turns, micro-batch by micro-batch; between them the micro-batch's number decides."""
+"""Place among the parts of a step, and within a micro-batch: each one goes through all phases of part 3."""
+_MICROBATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,17 @@ class Progress:
     num_keys: int = 0
 
     @property
-    def position(self) -> tuple[int, int, int, bool]:
+    def position(self) -> tuple[int, int, int, int]:
         """Orders ranks: who is behind has the smaller one. Equal for ranks at the same place."""
-        part = _PART_OF_STEP[self.phase]
-        inside = part == _PART_OF_STEP[Phase.FORWARD]
-        return self.step, part, self.microbatch if inside else 0, inside and self.phase is Phase.BACKWARD
+        part, inside = _ORDER[self.phase]
+        return self.step, part, self.microbatch if part == _MICROBATCHES else 0, inside
 
     @property
     def place(self) -> str:
         """For people: "step 17, micro-batch 2, backward"."""
         if self.step < 0:
             return str(self.phase)
-        if self.phase in (Phase.FORWARD, Phase.BACKWARD):
+        if _ORDER[self.phase][0] == _MICROBATCHES:
             return f"step {self.step}, micro-batch {self.microbatch}, {self.phase}"
         return f"step {self.step}, {self.phase}"
 

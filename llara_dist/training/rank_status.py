@@ -88,6 +88,7 @@ class RankRecord:
         progress: where it stands.
         changes: how often `progress` was set.
         idle_s: seconds since that was last done, by the rank's own clock.
+        in_collective: whether a thread stands in a collective, as seen once it is without progress for a heartbeat.
         ended: None while it works, "" once it ended in order, STOPPED, KILLED, else the error that ended it.
         written_at: local time with zone, for people.
     """
@@ -101,6 +102,7 @@ class RankRecord:
     progress: Progress
     changes: int
     idle_s: float
+    in_collective: bool
     ended: str | None
     written_at: str
 

@@ -51,11 +51,12 @@ def call_roll(out: Path, own: RankRecord, silence_s: float) -> Diagnosis:
                 continue
             moved = record.heartbeat != first.setdefault(rank, record.heartbeat)
             running = record.process.is_running()
-            if running and not moved:  # suspended, or nothing but the main thread runs: here its place is known
+            if running is False or (running and not moved):  # killed, suspended, or stuck: here its place is known
                 place = read_shared_place(own.token, rank)
                 record = record if place is None else dataclasses.replace(record, progress=place)
             watched[rank] = Watched(record, moved, running)
             if watched[rank].is_settled:
                 unsettled.discard(rank)
         time.sleep(min(silence_s / 20, 1.0))
+    speak_for_the_killed(out, own.token)  # once more: a process that is being killed lives on for a moment
     return diagnose(watched, own.world_size, time.monotonic() - began)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import sys
 import threading
 import time
 import traceback
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from llara_dist.distributed import World
-from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError
+from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError, RunFailedError
 from llara_dist.training.diagnosis import Diagnosis
 from llara_dist.training.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
 from llara_dist.training.process_identity import this_process
@@ -39,6 +40,7 @@ from llara_dist.training.shared_place import SharedPlace, remove_abandoned_place
 
 _LONGEST_GRACE_S = 30.0
 _STACKS_SHOWN = 3
+_COLLECTIVES = ("torch.distributed.distributed_c10d", "deepspeed.comm")
 
 
 def may_come_from_a_lost_rank(error: BaseException) -> bool:
@@ -49,7 +51,7 @@ def may_come_from_a_lost_rank(error: BaseException) -> bool:
     """
     import torch
 
-    own = (RankLostError, RequeueError, torch.OutOfMemoryError, NotImplementedError, RecursionError)
+    own = (RankLostError, RequeueError, RunFailedError, torch.OutOfMemoryError, NotImplementedError, RecursionError)
     return isinstance(error, RuntimeError) and not isinstance(error, own)
 
 
@@ -90,6 +92,7 @@ class RankMonitor:
         self._silence_s = silence_s(self._interval_s)
         self._process = this_process()
         self._beats = self._writes = 0
+        self._leaving = False
         self._neighbour_seen: tuple[int, float] | None = None
         self._place: SharedPlace | None = None
         self._heartbeat: Heartbeat | None = None
@@ -123,6 +126,7 @@ class RankMonitor:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         lost = None
+        self._leaving = True
         if error is not None and self._world.size > 1 and may_come_from_a_lost_rank(error):
             self.status.touch()
             with contextlib.suppress(OSError):  # must not hide why the run ended
@@ -170,6 +174,7 @@ class RankMonitor:
             progress=progress,
             changes=changes,
             idle_s=round(idle_s, 3),
+            in_collective=idle_s > self._heartbeat_s and _is_in_collective(),
             ended=ended,
             written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
@@ -191,7 +196,7 @@ class RankMonitor:
             hangs |= self._is_neighbour_gone() and waits
             if self.report_path.exists():
                 hangs |= progress.phase is not Phase.CHECKPOINT or waits
-        if hangs:
+        if hangs and not self._leaving:  # then the main thread looks into it, and tells what it found
             self._stop()
 
     def _is_neighbour_gone(self) -> bool:
@@ -274,6 +279,7 @@ class RankMonitor:
             time.sleep(self._heartbeat_s / 4)
             if time.monotonic() - written >= self._interval_s:
                 self._write()
+                speak_for_the_killed(self.out, self._token)
                 written = time.monotonic()
 
     def _report(self, diagnosis: Diagnosis) -> str:
@@ -289,6 +295,17 @@ class RankMonitor:
                 with contextlib.suppress(FileNotFoundError):
                     lines += [f"stacks of rank {rank}:", self._stacks_of(rank).read_text(errors="replace").rstrip()]
         return "\n".join(lines)
+
+
+def _is_in_collective() -> bool:
+    """Whether a thread of this process stands in a collective: NCCL's are asynchronous, gloo's and DeepSpeed's seen."""
+    for top in sys._current_frames().values():
+        frame = top
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith(_COLLECTIVES):
+                return True
+            frame = frame.f_back
+    return False
 
 
 def _ending(error: BaseException | None) -> str:

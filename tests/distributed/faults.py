@@ -39,6 +39,9 @@ def fault_at(phase: Phase, step: int, fault: str) -> None:
             pass
     if phase is Phase.FORWARD and fault.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if phase is Phase.REDUCE and fault == "spin beside a collective":
+        while True:
+            pass
     if phase is Phase.FORWARD and fault == "suspend":
         os.kill(os.getpid(), signal.SIGSTOP)
     if phase is Phase.FORWARD and fault == "fail":

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from llara_dist.config import CheckpointConfig, LoraConfig, RunConfig
+from llara_dist.training.metrics_log import read_metrics
 from llara_dist.tuning import train
 from tests.runs import run_config
 
-STEPS = 60
+STEPS = 120
 FILES = ("adapter_model.safetensors", "projector.safetensors", "optimizer.safetensors")
 
 
@@ -76,14 +77,19 @@ def main(inputs: Path, folder: Path, kills: int, seed: int) -> None:
 
     whole, cut = config_of(inputs, folder / "whole"), config_of(inputs, folder / "killed")
     began = time.monotonic()
-    assert wait(start(whole), 600) == 0, (folder / "whole.log").read_text()
+    process = start(whole)
+    while not read_metrics(whole.out / "metrics.jsonl"):
+        time.sleep(0.005)
+    startup = time.monotonic() - began
+    assert wait(process, 600) == 0, (folder / "whole.log").read_text()
     undisturbed = time.monotonic() - began
+    # A start that is killed gets on by a few steps at most, so that one run sees most of the kills.
+    longest = startup + 0.08 * (undisturbed - startup)
     draw = random.Random(seed)
     killed, in_save, completed = 0, 0, 0
     while killed < kills or not completed:
         process = start(cut)
-        # Starting up takes about a third; a start that is killed does few steps, so that a run sees many kills.
-        code = wait(process, draw.uniform(0.0, 0.5) * undisturbed if killed < kills else 600.0)
+        code = wait(process, draw.uniform(0.0, longest) if killed < kills else 600.0)
         if code is None:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
@@ -97,7 +103,17 @@ def main(inputs: Path, folder: Path, kills: int, seed: int) -> None:
         completed += 1
         if killed < kills:
             shutil.rmtree(cut.out)
-    print(json.dumps({"kills": killed, "in_save": in_save, "completed": completed, "undisturbed_s": undisturbed}))
+    print(
+        json.dumps(
+            {
+                "kills": killed,
+                "in_save": in_save,
+                "completed": completed,
+                "startup_s": startup,
+                "undisturbed_s": undisturbed,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -81,6 +81,12 @@ def test_a_rank_that_hangs_in_data(tmp_path: Path) -> None:
     assert any("stacks of rank 2:" in each.said and "in fault_at" in each.said for each in [*survivors, hung])
 
 
+@pytest.mark.long
+def test_a_rank_that_hangs_in_the_phase_in_which_the_others_wait(tmp_path: Path) -> None:
+    ranks = run_with_fault("spin beside a collective", tmp_path)
+    require_told(ranks, tmp_path, "hangs: no progress for ", "reduce")
+
+
 def test_a_rank_that_fails_keeps_its_own_error(tmp_path: Path) -> None:
     *survivors, failed = run_with_fault("fail", tmp_path)
     require_told(survivors, tmp_path, "failed: ValueError: shard 7 is damaged", "micro-batch 0, forward")

@@ -16,7 +16,7 @@ WAITS = Progress(Phase.REDUCE, 17, 3)
 
 def a_rank(rank: int, progress: Progress = WAITS, ended: str | None = None, idle_s: float = 900.0) -> RankRecord:
     process = dataclasses.replace(this_process(), host=f"node-{rank // 2}", pid=100 + rank)
-    return RankRecord("t", rank, 4, process, 9, 5.0, progress, 50, idle_s, ended, "2026-01-01T00:00:00+0000")
+    return RankRecord("t", rank, 4, process, 9, 5.0, progress, 50, idle_s, False, ended, "2026-01-01T00:00:00+0000")
 
 
 def seen(*records: RankRecord, still: tuple[int, ...] = (), running: dict[int, bool] | None = None) -> Diagnosis:
@@ -42,7 +42,7 @@ def test_the_rank_behind_the_others_hangs() -> None:
     assert text(found).splitlines() == [
         "rank 3 of 4 on node-1 (pid 103) hangs: no progress for 905 s in step 17, micro-batch 2, backward, "
         "sample keys 5, 9, … (12 in all)",
-        "in step 17, reduce: ranks 0–2",
+        "in step 17, micro-batch 3, reduce: ranks 0–2",
         "stacks: OUT/ranks/stacks-*.txt",
     ]
 
@@ -72,7 +72,15 @@ def test_several_hang() -> None:
 def test_nobody_is_behind_when_all_stand_at_the_same_place() -> None:
     found = seen(*map(a_rank, range(4)))
     assert found.behind == ()
-    assert "all ranks stand in step 17, reduce, none is behind" in text(found)
+    assert "all ranks stand in step 17, micro-batch 3, reduce, none is behind" in text(found)
+
+
+def test_who_computes_at_a_place_where_the_others_wait_holds_them_up() -> None:
+    waiting = [dataclasses.replace(a_rank(rank), in_collective=True) for rank in (0, 1, 3)]
+    found = seen(*waiting, a_rank(2))
+    assert ranks(found.behind) == [2]
+    assert ranks(found.waiting) == [0, 1, 3]
+    assert seen(*(dataclasses.replace(a_rank(rank), in_collective=True) for rank in range(4))).behind == ()
 
 
 def test_a_rank_alone_is_the_one_that_hangs() -> None:
@@ -87,7 +95,7 @@ def test_a_silent_rank_is_to_blame_whoever_is_behind() -> None:
     lines = text(found).splitlines()
     assert lines[0].startswith("rank 2 of 4 on node-1 (pid 102) is silent: no sign of life while watched for 15.0 s")
     assert "in step 17, data: ranks 0" in lines
-    assert "in step 17, reduce: ranks 1, 3" in lines
+    assert "in step 17, micro-batch 3, reduce: ranks 1, 3" in lines
     assert "hangs" not in text(found)
 
 
@@ -123,7 +131,7 @@ def test_many_that_hang_are_named_in_brief() -> None:
     lines = diagnose(records, 1024, 15.0).lines("stacks")
     assert sum("hangs" in line for line in lines) == 8
     assert "so do ranks 8–999" in lines
-    assert "in step 17, reduce: ranks 1000–1023" in lines
+    assert "in step 17, micro-batch 3, reduce: ranks 1000–1023" in lines
 
 
 @pytest.mark.parametrize(("given", "said"), [([3, 0, 1, 2, 7, 9, 8], "0–3, 7–9"), ([4], "4"), ([], "")])

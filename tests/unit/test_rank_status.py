@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from llara_dist.training.phases import Phases
 from llara_dist.training.process_identity import this_process
 from llara_dist.training.progress import KEYS_SHOWN, Phase, Progress
 from llara_dist.training.rank_status import (
@@ -45,6 +47,7 @@ def a_record(rank: int = 0, token: str = "t", **changes: object) -> RankRecord:
         progress=Progress(Phase.BACKWARD, 17, 2, (5, 9), 12),
         changes=100,
         idle_s=1.5,
+        in_collective=False,
         ended=None,
         written_at="2026-01-01T00:00:00+0000",
     )
@@ -60,6 +63,16 @@ def test_a_phase_is_seen_whole_and_only_some_keys() -> None:
     assert changes == 1
     assert idle_s >= 0
     assert progress.samples == "sample keys 40, 41, 42, 43, 44, 45, 46, 47, … (20 in all)"
+
+
+def test_it_watches_the_phases_of_a_step() -> None:
+    status = RankStatus()
+    phases = Phases(torch.device("cpu"))
+    phases.watcher = status.enter
+    phases.enter(Phase.BACKWARD, 4, 1, torch.tensor([7, 8]))
+    assert status.progress == Progress(Phase.BACKWARD, 4, 1, (7, 8), 2)
+    phases.enter(Phase.DATA, 5)
+    assert status.progress == Progress(Phase.DATA, 5)
 
 
 def test_a_touch_is_progress_at_the_same_place() -> None:
@@ -81,6 +94,7 @@ def test_places_are_ordered_as_a_step_goes() -> None:
         Progress(Phase.DATA, 0),
         Progress(Phase.FORWARD, 0, 0),
         Progress(Phase.BACKWARD, 0, 0),
+        Progress(Phase.STEP, 0, 0),
         Progress(Phase.FORWARD, 0, 1),
         Progress(Phase.BACKWARD, 0, 1),
         Progress(Phase.REDUCE, 0, 1),
@@ -93,7 +107,7 @@ def test_places_are_ordered_as_a_step_goes() -> None:
     positions = [progress.position for progress in way]
     assert positions == sorted(set(positions))
     assert way[4].place == "step 0, micro-batch 0, backward"
-    assert way[7].place == "step 0, reduce"
+    assert way[2].place == "step 0, data"
     assert way[1].place == "loading"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed
 
-from llara_dist.errors import InputError, RankLostError, RequeueError
+from llara_dist.errors import InputError, RankLostError, RequeueError, RunFailedError
 from llara_dist.training.watchdog import may_come_from_a_lost_rank
 
 
@@ -19,6 +19,7 @@ from llara_dist.training.watchdog import may_come_from_a_lost_rank
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RankLostError("rank 3 is dead"), False),
         (RequeueError("stopped"), False),
+        (RunFailedError("too many skipped steps"), False),
         (InputError("shard 7 is damaged"), False),
         (FloatingPointError("the loss is nan"), False),
         (KeyboardInterrupt(), False),
