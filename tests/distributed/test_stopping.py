@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -185,3 +186,40 @@ def test_validation_ends_a_run_early_and_it_stays_ended(start: Start, tmp_path: 
     ((code, said, _),) = end(start(out, *options, *rates, "--resume", "auto"))
     assert code == 0
     assert json.loads(said.splitlines()[-1]) == {**result, "loss": None}
+
+
+@pytest.mark.long
+def test_a_run_that_has_diverged_ends_with_the_samples_it_could_not_use(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    rates = ("--optimizer.lora_lr", "1e36", "--optimizer.warmup_fraction", "0", "--faults.max_skipped_steps", "3")
+    ended = end(start(out, *rates, ranks=2))
+    assert [code for code, _, _ in ended] == [1, 1]
+    assert "faults.max_skipped_steps=3. Sample keys: " in ended[0][2]
+    assert "Traceback" not in ended[0][2]
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["skipped"] * 4
+    assert all(event["keys"] for event in events)
+    assert [row["loss"] for row in read_metrics(out / "metrics.jsonl")][-3:] == [None] * 3
+
+
+@pytest.mark.long
+def test_a_profile_and_what_a_step_cost(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for code, _, err in end(start(out, "--profile", "--data.max_steps", "8", ranks=2)):
+        assert code == 0, err
+    with gzip.open(out / "profile" / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::mm", "autograd::engine::evaluate_function: MmBackward0"} & names
+    assert "Self CPU" in (out / "profile" / "operators.txt").read_text()
+    rows = read_metrics(out / "metrics.jsonl")
+    for row in rows:
+        parts = row["forward_s"] + row["backward_s"] + row["update_s"]
+        assert 0 < parts <= row["step_s"]
+        assert min(row[name] for name in ("forward_s", "backward_s", "update_s", "tflops_per_s")) > 0
+        assert row["mfu"] is None  # no data sheet says what this CPU can
+    # Stage 0 sends every trained float32 element once around the ring of two.
+    trained = sum(
+        value.numel() for value in load_file(out / "checkpoints/step-00000008/optimizer.safetensors").values()
+    )
+    masters = (trained - 32) / 3  # masters, two moments, and a step count for each of 32 parameters
+    assert rows[-1]["communication_mib"] * 2**20 == pytest.approx(4 * masters)
