@@ -152,7 +152,7 @@ def case_config(inputs: Path, folder: Path, shape: str, stage: str, recompute: b
 
 def observe(configs: list[RunConfig]) -> None:
     """On every rank: train each run and write what rank 0 saw."""
-    from llara_dist.training.preflight import open_inputs
+    from llara_dist.training.preflight.examine import open_inputs
     from llara_dist.training.run import open_run
 
     world, device = join()

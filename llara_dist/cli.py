@@ -119,7 +119,7 @@ COMMANDS = {
         "--recommender.path recommenders/sasrec --out runs/movielens",
     ),
     "preflight": Command(
-        "llara_dist.training.preflight:preflight",
+        "llara_dist.training.preflight.examine:preflight",
         "all that train checks before it reads a weight, in one table, for any number of ranks; nothing is written",
         "llara-dist preflight --config launch/configs/movielens.yaml --model.path llm --data.shards "
         "shards/out/movielens --recommender.path recommenders/sasrec --out runs/movielens --ranks 8",

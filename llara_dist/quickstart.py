@@ -115,7 +115,7 @@ def report(out: Path, settings: Settings, base: Path, ranks: int, seconds: dict[
     from llara_dist.evaluation.arms import evaluated_arm, random_arm, recommender_arm
     from llara_dist.evaluation.report import run_curve, write_report
     from llara_dist.integrity import read_json
-    from llara_dist.training.versions import versions
+    from llara_dist.training.preflight.versions import versions
 
     dataset = load_dataset(out / "data")
     rows, shown = dataset.candidates["test"].shape

@@ -11,17 +11,17 @@ from llara_dist.console import say
 from llara_dist.distributed import World
 from llara_dist.errors import RankLostError, RequeueError, RunFailedError
 from llara_dist.evaluation.validation import open_validator
-from llara_dist.stop_signals import StopSignals
-from llara_dist.training.checkpoint_writer import newest_step
+from llara_dist.supervision.progress import Phase
+from llara_dist.supervision.rank_status import RankStatus
+from llara_dist.supervision.restarts import may_requeue, record_start
+from llara_dist.supervision.run_lock import hold_run
+from llara_dist.supervision.stop_signals import StopSignals
+from llara_dist.supervision.watchdog import RankMonitor
+from llara_dist.training.checkpoints.writer import newest_step
 from llara_dist.training.debug import Debugger, clear, shrink
 from llara_dist.training.loop import StoppedError, train_loop
-from llara_dist.training.preflight import Inputs, open_inputs
-from llara_dist.training.progress import Phase
-from llara_dist.training.rank_status import RankStatus
-from llara_dist.training.restarts import may_requeue, record_start
+from llara_dist.training.preflight.examine import Inputs, open_inputs
 from llara_dist.training.run import open_run
-from llara_dist.training.run_lock import hold_run
-from llara_dist.training.watchdog import RankMonitor
 
 
 def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.recommenders.ranking import rank_targets, ranking_scores
 from llara_dist.stream.locations import node_cache, open_samples, parts_of
 from llara_dist.stream.reader import Samples
-from llara_dist.training.consistency import check_language_model, check_recommender
-from llara_dist.training.trained import load_trained
+from llara_dist.training.checkpoints.trained import load_trained
+from llara_dist.training.preflight.consistency import check_language_model, check_recommender
 
 HR_AT = (1, 3, 5, 10)
 NDCG_AT = (3, 5, 10)

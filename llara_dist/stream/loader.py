@@ -10,12 +10,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from llara_dist.errors import InputError
-from llara_dist.stop_signals import ignore_stop_signals
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.prefetch import Prefetcher
 from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world, share_out
+from llara_dist.supervision.stop_signals import ignore_stop_signals
 
 Draw = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(step, keys uint64 [n], passes int16 [n]) → bool [n]: which samples are hybrid; the curriculum's pure draw"""

@@ -10,7 +10,7 @@ from llara_dist.integrity import sha256_json
 from llara_dist.model.llama import base_fingerprint
 from llara_dist.recommenders.item_table import ItemTable
 from llara_dist.stream.plan import Plan
-from llara_dist.training.checkpoint import Checkpoint
+from llara_dist.training.checkpoints.checkpoint import Checkpoint
 
 
 def contract_of(config: RunConfig, plan: Plan, item_table: ItemTable, total_steps: int) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from llara_dist.errors import InputError
 from llara_dist.hashing import hash64, text_seed
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.loader import Step
+from llara_dist.supervision.progress import Phase
 from llara_dist.training.optimizer_state import forget_moments
 from llara_dist.training.phases import Phases
-from llara_dist.training.progress import Phase
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
+from llara_dist.supervision.progress import Phase
 from llara_dist.training.debug import Debugger
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.profile import Profiler
-from llara_dist.training.progress import Phase
 from llara_dist.training.run import Run
 from llara_dist.training.step_metrics import StepMetrics
 

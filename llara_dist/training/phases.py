@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llara_dist.training.progress import Phase
+from llara_dist.supervision.progress import Phase
 
 Watcher = Callable[[Phase, int, int, list[int]], None]
 """(phase, optimizer step, micro-batch, its sample keys): told of every change of phase by the training thread"""

@@ -19,16 +19,16 @@ from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.stream.loader import StepLoader
 from llara_dist.stream.locations import absolute_location, is_remote
 from llara_dist.stream.lookahead import start_lookahead
-from llara_dist.training.checkpoint import load_moments, load_parameters
-from llara_dist.training.checkpoint_writer import CheckpointWriter, SaveTimes
+from llara_dist.training.checkpoints.checkpoint import load_moments, load_parameters
+from llara_dist.training.checkpoints.provenance import provenance
+from llara_dist.training.checkpoints.snapshot import Snapshot, write_snapshot
+from llara_dist.training.checkpoints.writer import CheckpointWriter, SaveTimes
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
 from llara_dist.training.faults import Faults
-from llara_dist.training.preflight import Inputs
-from llara_dist.training.provenance import provenance
+from llara_dist.training.preflight.examine import Inputs
 from llara_dist.training.schedule import learning_rate
 from llara_dist.training.scores import ValidationScores, Validator
-from llara_dist.training.snapshot import Snapshot, write_snapshot
 from llara_dist.training.validations import Validations
 
 

@@ -15,9 +15,9 @@ from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import Work
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.stream.loader import Step
+from llara_dist.supervision.progress import Phase
 from llara_dist.training.engine import StepResult
 from llara_dist.training.memory import peak_memory_mib
-from llara_dist.training.progress import Phase
 from llara_dist.training.run import Run
 
 

@@ -10,11 +10,11 @@ import torch
 from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.errors import InputError
-from llara_dist.training.checkpoint_writer import CheckpointWriter
+from llara_dist.training.checkpoints.snapshot import Snapshot, write_snapshot
+from llara_dist.training.checkpoints.writer import CheckpointWriter
 from llara_dist.training.optimizer_state import read_moments, write_moments
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
-from llara_dist.training.snapshot import Snapshot, write_snapshot
 from tests.distributed.training import join
 
 

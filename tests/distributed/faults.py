@@ -16,10 +16,10 @@ from pathlib import Path
 
 from llara_dist.distributed import World
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError
-from llara_dist.training import process_identity
-from llara_dist.training.progress import Phase
-from llara_dist.training.rank_status import RankStatus
-from llara_dist.training.watchdog import RankMonitor
+from llara_dist.supervision import process_identity
+from llara_dist.supervision.progress import Phase
+from llara_dist.supervision.rank_status import RankStatus
+from llara_dist.supervision.watchdog import RankMonitor
 from tests.runs import ROOT
 
 STEP = 5

@@ -17,7 +17,7 @@ from llara_dist.config import RunConfig
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.training import engine as engine_room
 from llara_dist.training.optimizer_state import read_masters, read_moments
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
 from tests.distributed.training import join
 

@@ -18,7 +18,7 @@ from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.ds_config import read_ds_config
 from llara_dist.model.llama import read_llama_config
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import join

@@ -19,7 +19,7 @@ from llara_dist.distributed import World
 from llara_dist.model.llama import load_llama
 from llara_dist.model.quantize import quantize
 from llara_dist.training.metrics_log import read_metrics
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import join, train_all

@@ -9,7 +9,7 @@ import pytest
 
 from llara_dist.distributed import Job, gather_objects, read_world
 from llara_dist.errors import InputError
-from llara_dist.training.run_lock import hold_run
+from llara_dist.supervision.run_lock import hold_run
 from tests.distributed.ranks import run_ranks
 
 

@@ -22,7 +22,7 @@ from llara_dist import __version__
 from llara_dist.config import CheckpointConfig, LoraConfig, RunConfig, run_config_from_dict
 from llara_dist.ds_config import read_ds_config
 from llara_dist.errors import InputError
-from llara_dist.training.checkpoint import newest_checkpoint, open_checkpoint
+from llara_dist.training.checkpoints.checkpoint import newest_checkpoint, open_checkpoint
 from llara_dist.training.metrics_log import read_metrics
 from tests.distributed.checkpoints import (
     load_and_save,
@@ -223,7 +223,7 @@ def test_adapter_loads_in_plain_peft(short: RunConfig, inputs: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from llara_dist.stream.batch import collate
-    from llara_dist.training.trained import load_trained
+    from llara_dist.training.checkpoints.trained import load_trained
     from tests.tiny import make_sample
 
     path = short.out / "checkpoints" / "step-00000008"
@@ -264,7 +264,7 @@ def test_damaged_checkpoint_is_passed_over(short: RunConfig, tmp_path: Path) -> 
 )
 def test_another_run_is_not_resumed(short: RunConfig, change: dict, message: str) -> None:
     from llara_dist.distributed import World
-    from llara_dist.training.preflight import open_inputs
+    from llara_dist.training.preflight.examine import open_inputs
 
     with pytest.raises(InputError, match=message):
         open_inputs(dataclasses.replace(short, resume="auto", **change), World())

@@ -17,7 +17,7 @@ from llara_dist.distributed import World
 from llara_dist.stream.loader import StepLoader
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.metrics_log import read_metrics
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import train_all
 from tests.runs import run_config

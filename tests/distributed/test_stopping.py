@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llara_dist.training.checkpoint import open_checkpoint
+from llara_dist.training.checkpoints.checkpoint import open_checkpoint
 from llara_dist.training.metrics_log import read_metrics
 from tests.runs import ROOT
 

@@ -24,10 +24,10 @@ from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.stream.batch import collate
 from llara_dist.stream.reader import ShardSet
+from llara_dist.training.checkpoints.trained import load_trained
 from llara_dist.training.evaluation_mode import evaluation_mode
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
-from llara_dist.training.trained import load_trained
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import join, train_all
 from tests.validation import answering, make_answering_inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llara_dist.errors import EXIT_RANK_LOST
-from llara_dist.training.rank_status import KILLED, STOPPED, read_statuses
+from llara_dist.supervision.rank_status import KILLED, STOPPED, read_statuses
 from tests.distributed.faults import KEYS, STEP, Ended, run_with_fault
 
 SAMPLES = "sample keys 100, 101, 102, 103, 104, 105, 106, 107, … (12 in all)"

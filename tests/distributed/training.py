@@ -7,7 +7,7 @@ import torch
 from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.training.loop import train_loop
-from llara_dist.training.preflight import open_inputs
+from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
 
 

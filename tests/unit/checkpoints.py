@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from llara_dist.distributed import World
-from llara_dist.training.checkpoint_writer import CheckpointWriter
-from llara_dist.training.snapshot import Snapshot
+from llara_dist.training.checkpoints.snapshot import Snapshot
+from llara_dist.training.checkpoints.writer import CheckpointWriter
 
 LORA, PROJECTOR = "llm.base_model.model.q_proj.lora_A.default.weight", "projector.up.weight"
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llara_dist.errors import InputError
-from llara_dist.training.best import read_best, write_best
+from llara_dist.training.checkpoints.best import read_best, write_best
+from llara_dist.training.checkpoints.trained import find_checkpoint
 from llara_dist.training.scores import ValidationScores, is_better
-from llara_dist.training.trained import find_checkpoint
 from tests.unit.checkpoints import write_checkpoint
 
 scores = st.builds(

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llara_dist.errors import InputError
-from llara_dist.training import checkpoint_writer
-from llara_dist.training.best import read_best, write_best
-from llara_dist.training.checkpoint import best_checkpoint, newest_checkpoint, open_checkpoint
-from llara_dist.training.checkpoint_writer import CheckpointWriter, free_bytes, rotate
+from llara_dist.training.checkpoints import writer as checkpoint_writer
+from llara_dist.training.checkpoints.best import read_best, write_best
+from llara_dist.training.checkpoints.checkpoint import best_checkpoint, newest_checkpoint, open_checkpoint
+from llara_dist.training.checkpoints.snapshot import Snapshot, write_snapshot
+from llara_dist.training.checkpoints.writer import CheckpointWriter, free_bytes, rotate
 from llara_dist.training.scores import ValidationScores
-from llara_dist.training.snapshot import Snapshot, write_snapshot
 from tests.unit.checkpoints import SmallEngine, snapshot, write_checkpoint
 
 LIMIT_S = 60.0

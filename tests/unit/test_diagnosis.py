@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from llara_dist.training.diagnosis import Diagnosis, Watched, diagnose, ranges
-from llara_dist.training.process_identity import this_process
-from llara_dist.training.progress import Phase, Progress
-from llara_dist.training.rank_status import KILLED, STOPPED, RankRecord
+from llara_dist.supervision.diagnosis import Diagnosis, Watched, diagnose, ranges
+from llara_dist.supervision.process_identity import this_process
+from llara_dist.supervision.progress import Phase, Progress
+from llara_dist.supervision.rank_status import KILLED, STOPPED, RankRecord
 
 WAITS = Progress(Phase.REDUCE, 17, 3)
 

@@ -10,7 +10,7 @@ import torch
 
 from llara_dist.ds_config import FIXED, OURS, REFUSED, check_ds_config, load_ds_config, read_ds_config
 from llara_dist.errors import FindingsError, InputError
-from llara_dist.training.consistency import check_zero_section
+from llara_dist.training.preflight.consistency import check_zero_section
 from tests.runs import ROOT
 
 

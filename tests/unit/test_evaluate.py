@@ -23,9 +23,9 @@ from llara_dist.evaluation.evaluate import default_folder, evaluate, form_is_hyb
 from llara_dist.evaluation.predict import join_rows, predict
 from llara_dist.recommenders.training import train as train_recommender
 from llara_dist.stream.reader import ShardSet
-from llara_dist.training.best import write_best
+from llara_dist.training.checkpoints.best import write_best
+from llara_dist.training.checkpoints.trained import load_trained
 from llara_dist.training.scores import ValidationScores
-from llara_dist.training.trained import load_trained
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import train_all
 from tests.tiny import write_llama

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused(root, inputs, tmp_path):
         mix([str(inputs / "shards"), str(tmp_path / "foreign")], tmp_path / "mix")
     config = run_config(inputs, tmp_path / "run", shards=str(root / "mix"), max_tokens_per_microbatch=1500)
     from llara_dist.distributed import World
-    from llara_dist.training.preflight import open_inputs
+    from llara_dist.training.preflight.examine import open_inputs
 
     with pytest.raises(InputError, match="trained on data set"):
         open_inputs(config, World())

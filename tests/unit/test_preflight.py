@@ -18,12 +18,12 @@ from llara_dist.config import LoraConfig, ModelConfig, RunConfig, ValidationConf
 from llara_dist.distributed import World
 from llara_dist.errors import Finding, FindingsError, InputError
 from llara_dist.model.llama import read_llama_config
-from llara_dist.training.base_model import check_weight_files
-from llara_dist.training.checklist import Checklist
 from llara_dist.training.contract import differences
-from llara_dist.training.preflight import examine, open_inputs
-from llara_dist.training.resources import GIB
-from llara_dist.training.versions import TESTED, check_versions, installed_versions
+from llara_dist.training.preflight.base_model import check_weight_files
+from llara_dist.training.preflight.checklist import Checklist
+from llara_dist.training.preflight.examine import examine, open_inputs
+from llara_dist.training.preflight.resources import GIB
+from llara_dist.training.preflight.versions import TESTED, check_versions, installed_versions
 from tests.runs import ROOT, run_config
 
 
@@ -243,7 +243,7 @@ def test_all_differences_between_a_checkpoint_and_the_run() -> None:
 def test_a_run_that_does_not_fit_in_memory(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(inputs, tmp_path / "run")
     assert open_inputs(config, World()).total_steps > 0
-    monkeypatch.setattr("llara_dist.training.resources.free_host_bytes", lambda: GIB // 4)
+    monkeypatch.setattr("llara_dist.training.preflight.resources.free_host_bytes", lambda: GIB // 4)
     with pytest.raises(FindingsError, match=r"memory of 1 ranks: about [\d.]+ GiB needed, 0.2 GiB free"):
         open_inputs(config, World())
 
@@ -265,7 +265,7 @@ def test_a_run_that_validates_needs_a_validation_split(inputs: Path, tmp_path: P
 
 
 def test_fewer_lanes_than_nodes_is_a_warning(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llara_dist.training.preflight.is_remote", lambda shards: True)
+    monkeypatch.setattr("llara_dist.training.preflight.examine.is_remote", lambda shards: True)
     config = run_config(inputs, tmp_path / "run", lanes=2)
     checks, found = examine(config, World(size=6), local_ranks=2)
     (warning,) = checks.of("warning")

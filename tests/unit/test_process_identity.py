@@ -6,7 +6,7 @@ import dataclasses
 import subprocess
 import sys
 
-from llara_dist.training.process_identity import process_state, this_process
+from llara_dist.supervision.process_identity import process_state, this_process
 
 
 def test_running_ended_and_unreaped() -> None:

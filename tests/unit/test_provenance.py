@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llara_dist import __version__
-from llara_dist.training.provenance import code_version, hosts
+from llara_dist.training.checkpoints.provenance import code_version, hosts
 
 
 def git(folder: Path, *arguments: str) -> str:

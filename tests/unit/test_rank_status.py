@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llara_dist.training.phases import Phases
-from llara_dist.training.process_identity import this_process
-from llara_dist.training.progress import KEYS_SHOWN, Phase, Progress
-from llara_dist.training.rank_status import (
+from llara_dist.supervision.process_identity import this_process
+from llara_dist.supervision.progress import KEYS_SHOWN, Phase, Progress
+from llara_dist.supervision.rank_status import (
     KILLED,
     STOPPED,
     RankRecord,
@@ -27,12 +26,13 @@ from llara_dist.training.rank_status import (
     status_path,
     write_status,
 )
-from llara_dist.training.shared_place import (
+from llara_dist.supervision.shared_place import (
     SharedPlace,
     ranks_of_this_host,
     read_shared_place,
     remove_abandoned_places,
 )
+from llara_dist.training.phases import Phases
 from tests.runs import ROOT
 
 
@@ -148,9 +148,9 @@ def test_a_killed_rank_leaves_its_place(tmp_path: Path) -> None:
     token = tmp_path.name
     code = f"""
 import os, signal
-from llara_dist.training.progress import Phase
-from llara_dist.training.rank_status import RankStatus
-from llara_dist.training.shared_place import SharedPlace
+from llara_dist.supervision.progress import Phase
+from llara_dist.supervision.rank_status import RankStatus
+from llara_dist.supervision.shared_place import SharedPlace
 status = RankStatus()
 status.share(SharedPlace({token!r}, 6))
 for step in range(1000):

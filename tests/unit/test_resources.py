@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llara_dist.training.resources import (
+from llara_dist.training.preflight.resources import (
     GIB,
     check_bf16,
     check_disk,

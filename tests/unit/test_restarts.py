@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llara_dist.distributed import Job
-from llara_dist.training.restarts import STARTS, Start, idle_restarts, may_requeue, read_starts, record_start
+from llara_dist.supervision.restarts import STARTS, Start, idle_restarts, may_requeue, read_starts, record_start
 
 JOB = Job("7")
 

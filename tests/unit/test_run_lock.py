@@ -19,9 +19,9 @@ import pytest
 
 from llara_dist.distributed import Job, World
 from llara_dist.errors import InputError
-from llara_dist.training.heartbeat import create_exclusively
-from llara_dist.training.process_identity import this_process
-from llara_dist.training.run_lock import LockRecord, RunLock, hold_run, is_free, parse_lock
+from llara_dist.supervision.heartbeat import create_exclusively
+from llara_dist.supervision.process_identity import this_process
+from llara_dist.supervision.run_lock import LockRecord, RunLock, hold_run, is_free, parse_lock
 
 CONTEXT = multiprocessing.get_context("spawn")
 JOB = Job("7@cluster", 0, "0")
@@ -250,7 +250,7 @@ def test_a_file_system_that_fails_for_a_while_loses_nothing(
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
         with monkeypatch.context() as patch:
-            patch.setattr("llara_dist.training.run_lock.replace_text", refuse)
+            patch.setattr("llara_dist.supervision.run_lock.replace_text", refuse)
             assert failed.wait(60)
         wait_for(lambda: record_of(lock.path).heartbeat > before + 1, "heartbeats again")
         assert lock.lost is None

@@ -11,7 +11,7 @@ import textwrap
 import pytest
 
 from llara_dist.errors import EXIT_REQUEUE
-from llara_dist.stop_signals import STOP_SIGNALS, StopSignals
+from llara_dist.supervision.stop_signals import STOP_SIGNALS, StopSignals
 from tests.runs import ROOT
 
 
@@ -57,7 +57,7 @@ def run_signalled(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_process_told_to_stop_finishes_its_step() -> None:
     ended = run_signalled(f"""
         import sys, time
-        from llara_dist.stop_signals import StopSignals, ignore_stop_signals
+        from llara_dist.supervision.stop_signals import StopSignals, ignore_stop_signals
         with StopSignals() as stop:
             for step in range(10**6):
                 begun = step
@@ -80,7 +80,7 @@ def test_a_process_told_to_stop_finishes_its_step() -> None:
 def test_a_process_about_to_exit_keeps_its_exit_code() -> None:
     ended = run_signalled(f"""
         import sys, time
-        from llara_dist.stop_signals import StopSignals
+        from llara_dist.supervision.stop_signals import StopSignals
         with StopSignals() as stop:
             stop.ignore()
         print("ready")

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "llara_dist"
-FOUNDATION = {"errors", "hashing", "integrity", "console", "stop_signals"}
+FOUNDATION = {"errors", "hashing", "integrity", "console"}
 ORDER = [
     "config",
     "ds_config",
     "distributed",
+    "supervision",
     "data",
     "recommenders",
     "stream",

@@ -7,7 +7,7 @@ import torch
 import torch.distributed
 
 from llara_dist.errors import InputError, RankLostError, RequeueError, RunFailedError
-from llara_dist.training.watchdog import may_come_from_a_lost_rank
+from llara_dist.supervision.watchdog import may_come_from_a_lost_rank
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from typing import Self
 
 from llara_dist.distributed import Job, World, gather_objects, read_job
 from llara_dist.errors import InputError
-from llara_dist.training.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
-from llara_dist.training.process_identity import ProcessIdentity, this_process
+from llara_dist.supervision.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
+from llara_dist.supervision.process_identity import ProcessIdentity, this_process
 
 _NAME = re.compile(r"lock-(\d+)\.json")
 

@@ -28,8 +28,8 @@ import torch
 
 from llara_dist import __version__, distributed
 from llara_dist.ds_config import CHECKOUT
-from llara_dist.training.preflight import Inputs
-from llara_dist.training.versions import versions
+from llara_dist.training.preflight.examine import Inputs
+from llara_dist.training.preflight.versions import versions
 
 
 def provenance(

@@ -13,8 +13,8 @@ import struct
 import tempfile
 from pathlib import Path
 
-from llara_dist.training.process_identity import process_state
-from llara_dist.training.progress import KEYS_SHOWN, Phase, Progress
+from llara_dist.supervision.process_identity import process_state
+from llara_dist.supervision.progress import KEYS_SHOWN, Phase, Progress
 
 _HEADER = struct.Struct("<QQQ")  # writes so far, pid, the process's start
 _SLOT = struct.Struct(f"<BBqqq{KEYS_SHOWN}q")  # phase, keys shown, step, micro-batch, keys, the keys shown

@@ -21,11 +21,11 @@ from typing import Self
 
 from llara_dist.distributed import World
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError, RunFailedError
-from llara_dist.training.diagnosis import Diagnosis
-from llara_dist.training.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
-from llara_dist.training.process_identity import this_process
-from llara_dist.training.progress import Phase
-from llara_dist.training.rank_status import (
+from llara_dist.supervision.diagnosis import Diagnosis
+from llara_dist.supervision.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
+from llara_dist.supervision.process_identity import this_process
+from llara_dist.supervision.progress import Phase
+from llara_dist.supervision.rank_status import (
     KILLED,
     RANKS,
     STOPPED,
@@ -35,8 +35,8 @@ from llara_dist.training.rank_status import (
     read_status,
     write_status,
 )
-from llara_dist.training.roll_call import call_roll, speak_for_the_killed
-from llara_dist.training.shared_place import SharedPlace, remove_abandoned_places
+from llara_dist.supervision.roll_call import call_roll, speak_for_the_killed
+from llara_dist.supervision.shared_place import SharedPlace, remove_abandoned_places
 
 _LONGEST_GRACE_S = 30.0
 _STACKS_SHOWN = 3

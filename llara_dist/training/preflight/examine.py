@@ -24,13 +24,19 @@ from llara_dist.stream.locations import is_remote, node_cache, open_samples
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.reader import Samples
 from llara_dist.stream.share import check_world
-from llara_dist.training import debug, resources
-from llara_dist.training.base_model import check_weight_files, held_as
-from llara_dist.training.checklist import Checklist
-from llara_dist.training.checkpoint import Checkpoint, newest_checkpoint
-from llara_dist.training.consistency import check_context, check_recommender, check_tokenizer, check_zero_section
+from llara_dist.training import debug
+from llara_dist.training.checkpoints.checkpoint import Checkpoint, newest_checkpoint
 from llara_dist.training.contract import check_contract, contract_of
-from llara_dist.training.versions import check_versions, installed_versions
+from llara_dist.training.preflight import resources
+from llara_dist.training.preflight.base_model import check_weight_files, held_as
+from llara_dist.training.preflight.checklist import Checklist
+from llara_dist.training.preflight.consistency import (
+    check_context,
+    check_recommender,
+    check_tokenizer,
+    check_zero_section,
+)
+from llara_dist.training.preflight.versions import check_versions, installed_versions
 
 if TYPE_CHECKING:
     import torch

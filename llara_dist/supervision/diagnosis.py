@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from llara_dist.training.rank_status import KILLED, RankRecord
+from llara_dist.supervision.rank_status import KILLED, RankRecord
 
 RANKS_NAMED = 8
 

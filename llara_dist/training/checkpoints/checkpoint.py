@@ -22,7 +22,7 @@ from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.integrity import read_json, sha256_file
 from llara_dist.model.hybrid import HybridLlama
-from llara_dist.training.best import BEST, read_best
+from llara_dist.training.checkpoints.best import BEST, read_best
 from llara_dist.training.engine import Engine
 from llara_dist.training.optimizer_state import write_moments
 

@@ -28,11 +28,11 @@ from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.integrity import fsync_folder, staged_folder
-from llara_dist.training.best import BEST, read_best, write_best
-from llara_dist.training.checkpoint import MARKER, checkpoint_folders, checkpoint_path
+from llara_dist.training.checkpoints.best import BEST, read_best, write_best
+from llara_dist.training.checkpoints.checkpoint import MARKER, checkpoint_folders, checkpoint_path
+from llara_dist.training.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
 from llara_dist.training.engine import Engine
 from llara_dist.training.scores import ValidationScores
-from llara_dist.training.snapshot import Snapshot, take_snapshot, write_snapshot
 
 _MIB = 1 << 20
 _REMEDIES = {

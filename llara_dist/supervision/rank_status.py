@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llara_dist.training.heartbeat import replace_text
-from llara_dist.training.process_identity import ProcessIdentity
-from llara_dist.training.progress import KEYS_SHOWN, Phase, Progress
-from llara_dist.training.shared_place import SharedPlace
+from llara_dist.supervision.heartbeat import replace_text
+from llara_dist.supervision.process_identity import ProcessIdentity
+from llara_dist.supervision.progress import KEYS_SHOWN, Phase, Progress
+from llara_dist.supervision.shared_place import SharedPlace
 
 RANKS = "ranks"
 WRITES_PER_S = 100.0

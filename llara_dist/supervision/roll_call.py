@@ -6,9 +6,9 @@ import dataclasses
 import time
 from pathlib import Path
 
-from llara_dist.training.diagnosis import Diagnosis, Watched, diagnose
-from llara_dist.training.rank_status import KILLED, RankRecord, read_status, write_status
-from llara_dist.training.shared_place import ranks_of_this_host, read_shared_place, shared_place_path
+from llara_dist.supervision.diagnosis import Diagnosis, Watched, diagnose
+from llara_dist.supervision.rank_status import KILLED, RankRecord, read_status, write_status
+from llara_dist.supervision.shared_place import ranks_of_this_host, read_shared_place, shared_place_path
 
 
 def speak_for_the_killed(out: Path, token: str) -> None:

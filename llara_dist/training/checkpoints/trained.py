@@ -14,7 +14,7 @@ from llara_dist.integrity import sha256_json
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.model.llama import base_fingerprint
 from llara_dist.recommenders.item_table import load_item_table
-from llara_dist.training.checkpoint import (
+from llara_dist.training.checkpoints.checkpoint import (
     MARKER,
     Checkpoint,
     best_checkpoint,

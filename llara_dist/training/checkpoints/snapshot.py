@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llara_dist.integrity import json_text, sha256_file, write_file, write_json
-from llara_dist.training.checkpoint import (
+from llara_dist.training.checkpoints.checkpoint import (
     ADAPTER,
     ADAPTER_CONFIG,
     FORMAT_VERSION,

@@ -1,0 +1,1 @@
+"""Checkpoints: whole tensors by name, complete or not there, for any number of ranks."""
