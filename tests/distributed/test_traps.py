@@ -5,6 +5,8 @@ Each cure is taken out once, so that the test is known to see what it guards aga
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llara_dist.config import CheckpointConfig, CurriculumConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.scenarios import Scenario, run_scenarios
+from tests.distributed.training import train_all
 from tests.runs import run_config
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -118,3 +122,36 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_it_had_not_been(results: Pat
         step, _, parameter = name.partition("/")
         before = found[f"1/{parameter}"] if step == "2" else expected[name]
         assert torch.equal(value, before), name
+
+
+def test_a_two_stage_run_holds_the_projector_until_its_first_hybrid_step(inputs: Path, tmp_path: Path) -> None:
+    """Through the loop, the schedule and the checkpoints; a run that is resumed in the idle phase is the same."""
+    configs = []
+    for name, stage in (("whole", "zero1"), ("resumed", "zero3")):
+        made = run_config(inputs, tmp_path / name, stage, max_steps=8)
+        schedule = CurriculumConfig(schedule="two_stage", switch=0.5)
+        saving = CheckpointConfig(every_steps=1, keep_last=9)
+        configs.append(dataclasses.replace(made, curriculum=schedule, checkpoint=saving))
+    run_ranks(train_all, 2, tmp_path / "ranks-whole", configs[:1])
+    first = tmp_path / "whole" / "checkpoints" / "step-00000002"
+    shutil.copytree(first, tmp_path / "resumed" / "checkpoints" / first.name)
+    run_ranks(train_all, 2, tmp_path / "ranks-resumed", [dataclasses.replace(configs[1], resume="auto")])
+
+    def saved(name: str, step: int) -> dict[str, Tensor]:
+        return load_file(tmp_path / name / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors")
+
+    for name in ("whole", "resumed"):
+        begin = saved("whole", 1)
+        for step in range(3, 9):
+            now = saved(name, step)
+            for key in (key for key in now if ".".join(key.split("/")[1:]).startswith("projector.")):
+                kind = key.partition("/")[0]
+                if kind == "step":
+                    assert float(now[key]) == max(0, step - 4)
+                elif step <= 4:
+                    assert torch.equal(now[key], begin[key]), (name, step, key)
+                elif kind == "master":
+                    assert not torch.equal(now[key], begin[key]), (name, step, key)
+            assert float(now["step/" + next(k for k in now if "lora_A" in k).partition("/")[2]]) == step
+    for key, value in saved("whole", 8).items():
+        assert (saved("resumed", 8)[key] - value).norm() / value.norm().clamp_min(1e-12) < 1e-4, key
