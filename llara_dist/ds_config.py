@@ -244,6 +244,14 @@ def _zero(ds_config: dict[str, Any]) -> _Rule:
     ):
         if zero.get(key):
             yield f"zero_optimization.{key} replaces the optimizer's state that checkpoints read", instead, "error"
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and (offload.get("super_offload") or offload.get("ratio", 1.0) != 1.0):
+        yield (
+            "zero_optimization.offload_optimizer.super_offload and .ratio replace the optimizer that is handed in, and "
+            "whose state checkpoints read",
+            "remove them",
+            "error",
+        )
     if _at_least(zero.get("zero_hpz_partition_size", 1), 2):
         yield (
             "zero_optimization.zero_hpz_partition_size: never tried with packed 4-bit weights",

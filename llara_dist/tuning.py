@@ -9,7 +9,7 @@ from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.console import say
 from llara_dist.distributed import World
-from llara_dist.errors import RankLostError, RequeueError, RunFailedError
+from llara_dist.errors import InputError, RequeueError, RunFailedError
 from llara_dist.evaluation.validation import open_validator
 from llara_dist.supervision.progress import Phase
 from llara_dist.supervision.rank_status import RankStatus
@@ -17,10 +17,11 @@ from llara_dist.supervision.restarts import may_requeue, record_start
 from llara_dist.supervision.run_lock import hold_run
 from llara_dist.supervision.stop_signals import StopSignals
 from llara_dist.supervision.watchdog import RankMonitor
+from llara_dist.training.between_steps import StoppedError
 from llara_dist.training.checkpoints.writer import newest_step
 from llara_dist.training.debug import Debugger, clear, shrink
-from llara_dist.training.loop import StoppedError, train_loop
-from llara_dist.training.preflight.examine import Inputs, open_inputs
+from llara_dist.training.loop import train_loop
+from llara_dist.training.preflight.examine import Inputs, check_out, open_inputs
 from llara_dist.training.run import open_run
 
 
@@ -49,6 +50,10 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
         clear(config.out)
     device = distributed.pick_device(config.device, world)
     faults, status, signals = config.faults, RankStatus(), StopSignals()
+
+    def stop_requested() -> bool:
+        return signals.requested is not None
+
     # The group's own time-out knows less than the watchdog's report, which is to come first.
     distributed.initialise(world, device, timeout_s=max(1800.0, 3 * faults.hang_timeout_s))
     try:
@@ -60,36 +65,66 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
             status.enter(Phase.LOADING)
             inputs = reopened(config, inputs, world)
             debugger = Debugger(config, device) if debug else None
-            validator = open_validator(config, world, status.touch)
+            validator = open_validator(config, world, status.touch, stop_requested)
             run = open_run(config, inputs, world, device, validator, held.check)
             run.engine.phases.watcher = status.enter
             if world.is_main:
                 record_start(config.out, distributed.read_job(), run.first_step)
                 announce(config, inputs)
+                if run.validations.measured_anew:
+                    say("validation is measured in another way than before: its best score and patience begin anew")
             try:
-                result = train_loop(run, debugger, profile, lambda: signals.requested is not None, lambda: held.lost)
+                result = train_loop(run, debugger, profile, stop_requested, lambda: held.lost)
             except StoppedError as stopped:
                 signals.ignore()  # one that is sent again must not replace the exit code
                 raise requeue(config.out, stopped.done, world) from None
-    except RankLostError:
-        raise  # to take a group down whose member is gone may wait for it for ever
-    except BaseException:
+    except (RequeueError, RunFailedError):
         distributed.shut_down()
         raise
-    else:
-        distributed.shut_down()
-        return result
+    except BaseException:
+        if world.size == 1:
+            distributed.shut_down()
+        raise  # else it may be this rank's alone: to take down a group whose members compute may wait for ever
+    distributed.shut_down()
+    return result
 
 
 def reopened(config: RunConfig, inputs: Inputs, world: World) -> Inputs:
-    """The run's inputs, opened again where the job that held the lock before has saved since they were; a collective.
+    """The run's inputs under the lock, opened again where they are not what every rank finds now; a collective.
+
+    They were opened before the ranks knew of each other: the job that held the lock before may have saved since, and a
+    shared file system may show an old listing to some nodes.
 
     Raises:
-        InputError: what was found wrong with them this time.
+        InputError: what was found wrong with them this time, or ranks still see different checkpoints.
     """
-    seen = None if inputs.checkpoint is None else inputs.checkpoint.step
-    is_stale = world.is_main and config.resume == "auto" and newest_step(config.out / "checkpoints") != seen
-    return open_inputs(config, world) if distributed.gather_objects(is_stale)[0] else inputs
+    if config.resume == "no":
+        refusal = None
+        if world.is_main:
+            try:
+                check_out(config)
+            except InputError as error:
+                refusal = str(error)
+        refusal = distributed.gather_objects(refusal)[0]
+        if refusal is not None:
+            raise InputError(refusal)
+        return inputs
+    newest = newest_step(config.out / "checkpoints")
+    seen = distributed.gather_objects((step_of(inputs), newest))
+    if any(step != seen[0][1] for step, _ in seen):
+        inputs = open_inputs(config, world)
+        steps = distributed.gather_objects(step_of(inputs))
+        if any(step != steps[0] for step in steps):
+            raise InputError(
+                f"{config.out}: ranks see different newest checkpoints, of steps {sorted({str(s) for s in steps})}: "
+                "the file system shows an old listing to some nodes; start again in a minute"
+            )
+    return inputs
+
+
+def step_of(inputs: Inputs) -> int | None:
+    """The step of the checkpoint that a rank would go on from."""
+    return None if inputs.checkpoint is None else inputs.checkpoint.step
 
 
 def announce(config: RunConfig, inputs: Inputs) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from llara_dist import distributed
 from llara_dist.config import RunConfig
@@ -102,6 +103,7 @@ class RunValidator:
         tokenizer: the model's.
         world: where this process stands.
         beat: called for every batch and every generated token, as a sign of life.
+        stop_requested: whether this rank was asked to stop; the ranks agree on it before every batch.
 
     Raises:
         InputError: the split holds no rows.
@@ -114,6 +116,7 @@ class RunValidator:
         tokenizer: PreTrainedTokenizerBase,
         world: distributed.World,
         beat: Callable[[], None] | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         if len(samples) == 0:
             raise InputError(f"{config.data.shards}: the validation split holds no rows; set validation.every_steps=0")
@@ -124,6 +127,8 @@ class RunValidator:
         self._titles = samples.titles()
         self._answers = answer_tokens(tokenizer, self._titles)
         self._beat = beat or (lambda: None)
+        self._stop_requested = stop_requested
+        self.measure = {name: getattr(self._settings, name) for name in ("generation", "rows", "max_new_tokens")}
         keys = samples.all.keys
         ids = np.argsort(keys, kind="stable")[: self._settings.rows or None]
         self._turns = [
@@ -132,8 +137,8 @@ class RunValidator:
             for turn in turns_of(alike, samples.lookup(alike).tokens, world.rank, world.size, self._settings.batch_size)
         ]
 
-    def __call__(self, engine: Engine, step: int) -> ValidationScores:
-        """Validate after `step` optimizer steps; every rank calls it and gets the same.
+    def __call__(self, engine: Engine, step: int) -> ValidationScores | None:
+        """Validate after `step` optimizer steps; every rank calls it and gets the same, None where one is to stop.
 
         Raises:
             InputError: a sample is damaged.
@@ -144,6 +149,8 @@ class RunValidator:
         tally = Tally()
         with evaluation_mode(engine):
             for turn in self._turns:
+                if together_asked(self._stop_requested(), engine):
+                    return None
                 if turn.counted or lockstep.on:
                     self._beat()
                     counted = self._validate(engine.model, self._samples.read(turn.ids), lockstep)
@@ -190,8 +197,16 @@ class RunValidator:
         )
 
 
+def together_asked(asked: bool, engine: Engine) -> bool:
+    """Whether any rank was asked to stop; a collective of a single number."""
+    return bool(distributed.sum_tensor(torch.tensor(float(asked), device=engine.device)) > 0)
+
+
 def open_validator(
-    config: RunConfig, world: distributed.World, beat: Callable[[], None] | None = None
+    config: RunConfig,
+    world: distributed.World,
+    beat: Callable[[], None] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> RunValidator | None:
     """The validator that a run's settings ask for, or None; reads no weight.
 
@@ -199,6 +214,7 @@ def open_validator(
         config: the run.
         world: where this process stands.
         beat: called for every batch and every generated token.
+        stop_requested: whether this rank was asked to stop.
 
     Raises:
         InputError: the validation split cannot be opened or holds no rows.
@@ -206,7 +222,7 @@ def open_validator(
     if config.validation.every_steps == 0:
         return None
     samples = open_samples(config.data.shards, "val", node_cache(config.data))
-    return RunValidator(config, samples, load_tokenizer(config.model.path), world, beat)
+    return RunValidator(config, samples, load_tokenizer(config.model.path), world, beat, stop_requested)
 
 
 def expected_hits(scores: np.ndarray, targets: np.ndarray) -> float:

@@ -96,6 +96,7 @@ class _Steps(Dataset):
             return self.maker.make(self.first + position)
         except InputError as error:
             # Returned, not raised: DataLoader would wrap the one clear line into a worker's traceback.
+            error.everywhere = False  # another rank reads other samples
             return error
 
 

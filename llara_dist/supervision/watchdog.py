@@ -64,9 +64,9 @@ class RankMonitor:
 
     Limits: in data, forward, backward, reduce and step a rank may be without progress for `hang_timeout_s`; in the
     other phases for any time (see `Phase.is_limited`). In all of them a rank that died, failed, or gave no sign of life
-    for `hang_timeout_s` ends the run, except that a checkpoint under way may be finished. Should the reporting thread
-    itself be stuck for more than twice the limit (a file system that does not answer, a call that never releases
-    Python's lock), stacks go to stderr and the process ends with exit code 1.
+    for `hang_timeout_s` ends the run, except that a checkpoint that the main thread waits for may be finished. Should
+    the reporting thread itself be stuck for more than twice the limit (a file system that does not answer, a call that
+    never releases Python's lock), stacks go to stderr and the process ends with exit code 1.
 
     Args:
         out: the run's folder, on a file system that all ranks see.
@@ -94,6 +94,7 @@ class RankMonitor:
         self._beats = self._writes = 0
         self._leaving = False
         self._neighbour_seen: tuple[int, float] | None = None
+        self._entered_at = time.monotonic()
         self._place: SharedPlace | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -133,6 +134,9 @@ class RankMonitor:
                 lost = self._look_into()
                 if lost is not None:
                     self._write_stacks(error)
+        if error is not None and lost is None and not isinstance(error, RequeueError):
+            with contextlib.suppress(OSError):  # this rank may be the one that failed: what it says is worth most
+                self._write_stacks(error)
         if self._heartbeat is not None:
             self._heartbeat.stop()
         faulthandler.cancel_dump_traceback_later()
@@ -204,9 +208,9 @@ class RankMonitor:
         if self._world.size == 1:
             return False
         record = read_status(self.out, (self._world.rank + 1) % self._world.size, self._token)
-        if record is None:
-            return False
         now = time.monotonic()
+        if record is None:  # it may have died before its first file
+            return now - self._entered_at > self._hang_timeout_s
         if self._neighbour_seen is None or self._neighbour_seen[0] != record.heartbeat:
             self._neighbour_seen = (record.heartbeat, now)
         if record.ended is not None:

@@ -50,6 +50,9 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
             workers=0,
         ),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+        validation=dataclasses.replace(config.validation, rows=min(SAMPLES, config.validation.rows or SAMPLES)),
+        # Whoever looks at a step with a debugger takes longer than a hang.
+        faults=dataclasses.replace(config.faults, hang_timeout_s=1e6),
     )
 
 

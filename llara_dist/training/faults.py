@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -75,7 +76,7 @@ class Faults:
             return
         say(f"step {step.index}: {kind}: {message}; sample keys {_shown(keys)}")
         event: dict[str, Any] = {"time": time.time(), "kind": kind, "step": step.index, "loss": repr(loss)}
-        with open(self._path, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:  # it was said all the same
             file.write(json.dumps(event | {"keys": list(keys), "message": message}) + "\n")
 
 

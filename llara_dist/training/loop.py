@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,23 +11,12 @@ from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.supervision.progress import Phase
+from llara_dist.training.between_steps import StoppedError, conclude, validate
 from llara_dist.training.debug import Debugger
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.profile import Profiler
 from llara_dist.training.run import Run
 from llara_dist.training.step_metrics import StepMetrics
-
-
-class StoppedError(RuntimeError):
-    """A rank was asked to stop; what the run's checkpoints hold goes as far as `done` steps.
-
-    Args:
-        done: optimizer steps.
-    """
-
-    def __init__(self, done: int) -> None:
-        super().__init__(f"stopped after step {done}")
-        self.done = done
 
 
 def train_loop(
@@ -55,7 +45,7 @@ def train_loop(
         say(f"{out}: all {run.total_steps} steps are done already")
     with (
         run.writer,
-        MetricsLog(out, run.first_step, run.total_steps, enabled=is_main) as log,
+        MetricsLog(out, run.first_step, run.total_steps, is_main, validated=run.validated) as log,
         Profiler(out, run.engine.device, enabled=profile and is_main) as profiler,
     ):
         return {"out": str(out), **run_steps(run, log, profiler, debugger, stop_requested, lost)}
@@ -75,8 +65,8 @@ def run_steps(
     metrics = StepMetrics(run)
     if any(distributed.gather_objects(stop_requested())):
         raise StoppedError(done)  # asked while the weights were loaded: there is nothing new to save
-    if run.validations.owed_after == done:
-        conclude(run, log, done)
+    if run.validations.owes(done):
+        metrics.saving_s += validate(run, log, done)
     phases.enter(Phase.DATA, done)
     waiting_since = time.perf_counter()
     for step in () if run.validations.exhausted else run.loader:
@@ -98,30 +88,12 @@ def run_steps(
             run.validations.put_off(done)
             run.save(done, required=True)
             raise StoppedError(done)
-        metrics.saving_s = conclude(run, log, done)
+        metrics.saving_s += conclude(run, log, done)
         if run.validations.exhausted:
             break
         profiler.step()
         phases.enter(Phase.DATA, done)
         waiting_since = time.perf_counter()
     phases.enter(Phase.CHECKPOINT, done)  # the last write may still be under way, for as long as the disk takes
+    loss = loss if loss is None or math.isfinite(loss) else None
     return {"steps": done, "loss": loss, "stopped_early": run.validations.exhausted}
-
-
-def conclude(run: Run, log: MetricsLog, done: int) -> float:
-    """What follows `done` steps: validation, where it is due, and a checkpoint.
-
-    Returns:
-        Seconds that saving held up the steps.
-    """
-    best = None
-    if run.validations.due(done):
-        run.engine.phases.enter(Phase.VALIDATION, done - 1)
-        scores, is_best = run.validations.validate(run.engine, done)
-        log.write_validation(scores, is_best)
-        best = scores if is_best else None
-    exhausted = run.validations.exhausted
-    if best is None and not exhausted and not run.checkpoint_due(done):
-        return 0.0
-    run.engine.phases.enter(Phase.CHECKPOINT, done - 1)
-    return run.save(done, best, required=exhausted).blocked_s

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,9 +38,10 @@ class MetricsLog:
         first_step: where this start begins; older lines of later steps are dropped, so that none is there twice.
         total_steps: T.
         enabled: whether this process writes.
+        validated: the last step whose validation this start does not repeat.
     """
 
-    def __init__(self, out: Path, first_step: int, total_steps: int, enabled: bool) -> None:
+    def __init__(self, out: Path, first_step: int, total_steps: int, enabled: bool, validated: int = 0) -> None:
         self._enabled = enabled
         if not enabled:
             return
@@ -50,10 +53,10 @@ class MetricsLog:
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
         self._validations = out / "validation.jsonl"
         if self._validations.exists():
-            # A validation after the step at which this start begins is not repeated, unless it had been put off.
-            done = [row for row in read_metrics(self._validations) if row["step"] <= first_step]
+            done = [row for row in read_metrics(self._validations) if row["step"] <= validated]
             write_file(self._validations, "".join(json.dumps(row) + "\n" for row in done))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        self._complained = False
         self._last_line = 0.0
         self._total = total_steps
         self._bar = None
@@ -82,11 +85,12 @@ class MetricsLog:
         """
         if not self._enabled:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"train/{name}", value, row["step"])
+        with self._outliving_the_disk():
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(f"train/{name}", value, row["step"])
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         text = (
             f"loss {loss}  p {row['p']:.3f} (realised {row['hybrid_share']:.3f})  lr {row['lora_lr']:.2e}  "
@@ -104,16 +108,27 @@ class MetricsLog:
         if not self._enabled:
             return
         row = scores.to_dict() | {"best": is_best}
-        with open(self._validations, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"validation/{name}", float(value), scores.step)
+        with self._outliving_the_disk():
+            with open(self._validations, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"validation/{name}", float(value), scores.step)
         valid = "" if scores.valid_ratio is None else f"  valid {scores.valid_ratio:.3f}"
         say(
             f"validation after step {scores.step}: HR@1 {scores.hit_ratio:.4f}{valid}  loss {scores.loss:.4f}  "
             f"{scores.rows} rows in {scores.seconds:.1f} s" + ("  (the best so far)" if is_best else "")
         )
+
+    @contextlib.contextmanager
+    def _outliving_the_disk(self) -> Iterator[None]:
+        """A log that cannot be written is no reason to lose a run; the first time it is said."""
+        try:
+            yield
+        except OSError as error:
+            if not self._complained:
+                say(f"{self._path}: the log cannot be written ({error.strerror or error}); the run goes on without")
+            self._complained = True
 
     def __enter__(self) -> Self:
         return self
@@ -127,5 +142,7 @@ class MetricsLog:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
-        self._board.close()
+        with self._outliving_the_disk():
+            self._file.close()
+        with self._outliving_the_disk():
+            self._board.close()

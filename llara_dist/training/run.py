@@ -21,7 +21,6 @@ from llara_dist.stream.locations import absolute_location, is_remote
 from llara_dist.stream.lookahead import start_lookahead
 from llara_dist.training.checkpoints.checkpoint import load_moments, load_parameters
 from llara_dist.training.checkpoints.provenance import provenance
-from llara_dist.training.checkpoints.snapshot import Snapshot, write_snapshot
 from llara_dist.training.checkpoints.writer import CheckpointWriter, SaveTimes
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
@@ -92,6 +91,11 @@ class Run:
         }
         return self.writer.save(self.engine, state, best, required=required or done == self.total_steps)
 
+    @property
+    def validated(self) -> int:
+        """The last step whose validation this start does not repeat."""
+        return self.first_step - self.validations.owes(self.first_step)
+
     def log_due(self, step: int) -> bool:
         """Whether a step gets a line in the log."""
         return step % self.config.log_every_steps == 0 or step + 1 == self.total_steps
@@ -132,7 +136,7 @@ def open_run(
         world: where this process stands.
         device: of this rank.
         validator: what validates the run; None = nothing does.
-        may_write: called before a checkpoint is written; raises where the run's folder is another's by now.
+        may_write: raises where the run's folder is another's by now; asked around every write of a checkpoint.
 
     Raises:
         InputError: a weight does not load.
@@ -179,12 +183,8 @@ def open_run(
     faults = Faults(config.faults, config.out, progress.get("skipped_steps", 0), world.is_main)
     origin = provenance(to_dict(absolute(config)), inputs, inputs.contract, world, device)
     saving = config.checkpoint
-
-    def write(staging: Path, snapshot: Snapshot) -> None:
-        may_write()
-        write_snapshot(staging, snapshot)
-
-    writer = CheckpointWriter(config.out / "checkpoints", saving.keep_last, saving.asynchronous, write)
+    folder = config.out / "checkpoints"
+    writer = CheckpointWriter(folder, saving.keep_last, saving.asynchronous, may_write=may_write)
     validations = Validations(validator, config.validation, inputs.total_steps, progress.get("validations", {}))
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)

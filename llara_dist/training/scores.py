@@ -44,8 +44,15 @@ class ValidationScores:
 class Validator(Protocol):
     """What the loop calls between two optimizer steps; it leaves nothing behind that the next step could see."""
 
-    def __call__(self, engine: Engine, step: int) -> ValidationScores:
-        """Validate after `step` optimizer steps; every rank calls it, every rank gets the same."""
+    measure: dict[str, Any]
+    """how HR@1 is found: scores of another measure are not compared"""
+
+    def __call__(self, engine: Engine, step: int) -> ValidationScores | None:
+        """Validate after `step` optimizer steps; every rank calls it, every rank gets the same.
+
+        Returns:
+            None where a rank was asked to stop in the middle of it.
+        """
         ...
 
 

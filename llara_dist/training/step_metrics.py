@@ -25,7 +25,7 @@ class StepMetrics:
     """Makes the rows of a run.
 
     Attributes:
-        saving_s: seconds that the checkpoint after the step before held up this one.
+        saving_s: seconds that checkpoints held up the steps since the last row.
 
     Args:
         run: whose steps they are.
@@ -74,7 +74,7 @@ class StepMetrics:
             "hybrid_share": step.hybrid_samples / step.samples,
             "lora_lr": lora_lr,
             "projector_lr": projector_lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": None if result.grad_norm is None or math.isinf(result.grad_norm) else result.grad_norm,
             "skipped_steps": run.faults.skipped,
             "samples": step.samples,
             "tokens": step.tokens,

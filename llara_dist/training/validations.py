@@ -27,28 +27,35 @@ class Validations:
         self._validator = validator
         self._every = settings.every_steps
         self._total_steps = total_steps
-        patience = state.get("patience")
         self.patience = Patience(settings.patience)
-        if patience is not None:
-            self.patience = Patience.from_dict(settings.patience, patience)
+        # Generated and ranked HR@1, or other rows, are two scales: a best on the one says nothing on the other.
+        if validator is not None and state.get("measure") == validator.measure:
+            self.patience = Patience.from_dict(settings.patience, state["patience"])
+        self.measured_anew = validator is not None and state.get("measure") not in (None, validator.measure)
         self.owed_after = state.get("owed_after")
 
     def due(self, done: int) -> bool:
         """Whether the run is validated after `done` steps."""
         return self._validator is not None and (done % self._every == 0 or done == self._total_steps)
 
+    def owes(self, done: int) -> bool:
+        """Whether the validation after `done` steps was put off when the run was stopped there."""
+        return self.owed_after == done and self.due(done)
+
     def put_off(self, done: int) -> None:
         """The run is told to stop: what is due after `done` steps is done when it goes on."""
         self.owed_after = done if self.due(done) else None
 
-    def validate(self, engine: Engine, done: int) -> tuple[ValidationScores, bool]:
+    def validate(self, engine: Engine, done: int) -> tuple[ValidationScores, bool] | None:
         """Validate after `done` steps; every rank calls it.
 
         Returns:
-            The scores, and whether they are the best so far.
+            The scores, and whether they are the best so far; None where it was given up because the run is to stop.
         """
         assert self._validator is not None
         scores = self._validator(engine, done)
+        if scores is None:
+            return None
         self.patience = self.patience.after(scores)
         self.owed_after = None
         return scores, self.patience.best is scores
@@ -60,4 +67,5 @@ class Validations:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for a checkpoint."""
-        return {"patience": self.patience.to_dict(), "owed_after": self.owed_after}
+        measure = None if self._validator is None else self._validator.measure
+        return {"patience": self.patience.to_dict(), "owed_after": self.owed_after, "measure": measure}

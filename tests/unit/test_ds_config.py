@@ -57,6 +57,8 @@ def test_keys_with_one_right_value(name: str) -> None:
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "offload_param: never tried with packed 4-bit weights"),
         ({"stage": 2, "cpu_offload": True}, "write offload_optimizer instead"),
         ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow replaces the optimizer's state"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, ".ratio replace the optimizer"),
         ({"stage": 3, "stage3_prefetch_bucket_size": "auto"}, 'stage3_prefetch_bucket_size="auto"'),
     ],
 )

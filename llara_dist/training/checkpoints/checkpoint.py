@@ -5,7 +5,7 @@ A checkpoint is a folder that appears complete or not at all. It holds `adapter_
 moments by parameter name), `state.json` (what run this is and where it stands: see `provenance`), and last
 `complete.json`, which lists the sha256 of every other file. Nothing in it is code or a pickle.
 
-This room reads; `snapshot` and `checkpoint_writer` write.
+This room reads; `snapshot` and `writer` write.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def best_checkpoint(folder: Path) -> Checkpoint:
     score = read_best(folder)
     if score is None:
         raise InputError(
-            f"{folder / BEST}: not found: this run has no best checkpoint, since it did not validate "
+            f"{folder / BEST}: not found: this run has no best checkpoint; it did not validate "
             "(validation.every_steps); use --checkpoint last"
         )
     try:

@@ -83,6 +83,8 @@ class CheckpointWriter:
         keep_last: how many complete checkpoints stay; the best stays beside them.
         asynchronous: write in the background; false = every save waits for its own write.
         write: fills a staging folder from a snapshot.
+        may_write: raises InputError where the folder is another run's by now; asked before anything is removed, named
+            or replaced, since this process may have been suspended in between.
     """
 
     def __init__(
@@ -91,11 +93,13 @@ class CheckpointWriter:
         keep_last: int,
         asynchronous: bool = True,
         write: Callable[[Path, Snapshot], None] = write_snapshot,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self._write_folder = write
+        self._may_write = may_write
         # Its thread starts with the first write, and the interpreter waits for it before it exits.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[Written] | None = None
@@ -183,6 +187,7 @@ class CheckpointWriter:
         path = checkpoint_path(self.folder, snapshot.step)
         problem = None
         try:
+            self._may_write()
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
             free = free_bytes(self.folder)
@@ -190,6 +195,9 @@ class CheckpointWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with staged_folder(path, replace=True) as staging:
                 self._write_folder(staging, snapshot)
+                self._may_write()
+        except InputError as error:
+            problem = str(error)
         except (OSError, SafetensorError) as error:
             problem = self._explain(error, snapshot)
             if not required:
@@ -201,6 +209,7 @@ class CheckpointWriter:
     def _tidy(self, path: Path, best: ValidationScores | None) -> None:
         """Name the best and drop what is too old, in this order; the new checkpoint is safe whatever happens here."""
         try:
+            self._may_write()
             if best is not None:
                 write_best(self.folder, best)
             rotate(self.folder, path, self.keep_last)

@@ -281,9 +281,11 @@ def _tuned(config: RunConfig, machine: Machine, architecture: LlamaConfig, item_
 
 def _examine_disk(checks: Checklist, config: RunConfig, tuned: TunedModel) -> None:
     """Whether the disk holds the checkpoints: those that stay, the best by validation, and the one being written."""
-    need = BYTES_SAVED * tuned.trainable * (config.checkpoint.keep_last + 2)
+    one = BYTES_SAVED * tuned.trainable
+    there = sum(file.stat().st_size for file in (config.out / "checkpoints").glob("step-*/*"))
+    need = max(one, one * (config.checkpoint.keep_last + 2) - there)
     if checks.extend(resources.check_disk(config.out, need)):
-        checks.note("disk", f"{need / resources.GIB:.2f} GiB of checkpoints at most")
+        checks.note("disk", f"{need / resources.GIB:.2f} GiB of checkpoints to come at most")
 
 
 def _examine_memory(
