@@ -350,3 +350,26 @@ def test_killed_while_saving(tmp_path: Path, times: int) -> None:
         left_half += bool(leftovers)
     assert reported >= times
     assert left_half > 0, "no kill fell into a write"
+
+
+def test_a_writer_whose_run_was_taken_over_names_removes_and_drops_nothing(tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def may_write() -> None:
+        if taken:
+            raise InputError(f"{tmp_path}: {taken[0]} took this run over")
+
+    def overtaken_in_mid_write(staging: Path, given: Snapshot) -> None:
+        write_snapshot(staging, given)
+        taken.append("job 8")
+        for step in (20, 30):
+            write_checkpoint(tmp_path, step)
+        (tmp_path / ".step-00000040.other.staging").mkdir()
+
+    with CheckpointWriter(tmp_path, 1, write=overtaken_in_mid_write, may_write=may_write) as writer:
+        writer.write(snapshot(10))
+        with pytest.raises(InputError, match="job 8 took this run over"):
+            writer.wait()
+        writer.write(snapshot(11))
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == [".step-00000040.other.staging", "step-00000020", "step-00000030"]
