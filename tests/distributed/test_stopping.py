@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,8 +164,10 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(start: Start, tmp_pa
     assert [code for code, _, _ in ended] == [70, -signal.SIGKILL, 70]
     said = ended[0][2] + ended[2][2]
     assert f"(pid {processes[1].pid}) is dead" in said
-    assert "last seen in step" in said
-    assert "sample keys" in said
+    place = re.search(r"last seen in step \d+, (.*)", said)
+    assert place is not None, said
+    if "ward" in place[1]:  # between two micro-batches it works on no samples
+        assert "sample keys" in place[1]
     assert len(list((out / "ranks").glob("stacks-*.txt"))) == 2
     (report,) = (out / "ranks").glob("lost-*.txt")
     assert "rank 1 of 3" in report.read_text()
