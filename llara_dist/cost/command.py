@@ -165,7 +165,8 @@ PARTS = ("products", "elementwise", "dequantisation", "launching", "optimizer", 
 
 def _predict(setting: _Setting, cluster: Cluster, batch: int, workers: int) -> _Prediction:
     tuned, zero, samples = setting.tuned, setting.zero, setting.samples
-    memory = run_memory(tuned, samples.row(setting.budget, tuned.items), zero, cluster.ranks, workers=workers)
+    row = samples.largest_row(setting.budget, math.ceil(batch / cluster.ranks), tuned.items)
+    memory = run_memory(tuned, row, zero, cluster.ranks, workers=workers)
     step = predict_step(tuned, zero, cluster, samples, batch, setting.budget)
     stages = {stage: ZeroSettings.of(read_ds_config(Path(f"ds_configs/zero{stage}.json"))) for stage in range(4)}
     found = recommend(tuned, cluster, samples, batch, stages)

@@ -106,7 +106,8 @@ def estimate_run_memory(
         InputError: lora.targets names what no cost is known for.
     """
     model = TunedModel.of(config, Architecture.of(llama), item_table, bfloat16)
-    work = samples.row(config.data.max_tokens_per_microbatch, items=item_table[0])
+    share = math.ceil(config.data.global_batch_samples / world_size)
+    work = samples.largest_row(config.data.max_tokens_per_microbatch, share, items=item_table[0])
     return run_memory(model, work, ZeroSettings.of(ds_config), world_size, device_type, config.data.workers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def recommend(
             for budget in sorted(budgets):
                 if budget < samples.longest:
                     continue
-                memory = run_memory(held, samples.row(budget, model.items), stages[stage], cluster.ranks)
+                row = samples.largest_row(budget, math.ceil(global_batch / cluster.ranks), model.items)
+                memory = run_memory(held, row, stages[stage], cluster.ranks)
                 if memory.device_bytes > room:
                     break
                 step = predict_step(held, stages[stage], cluster, samples, global_batch, budget)

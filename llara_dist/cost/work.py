@@ -92,14 +92,26 @@ class SampleSizes:
         known = "tokens" in train and train.get("samples", 0) > 0
         return cls(mean=math.ceil(train["tokens"] / train["samples"]) if known else longest, longest=longest)
 
-    def row(self, tokens: int, items: int) -> Work:
+    def largest_row(self, budget: int, share: int, items: int) -> Work:
+        """The largest micro-batch of a rank: what the budget holds, or the rank's whole share, each as the longest.
+
+        Args:
+            budget: `data.max_tokens_per_microbatch`.
+            share: samples that a rank gets of a step, ⌈global batch ÷ ranks⌉.
+            items: rows of the item table.
+        """
+        return self.row(min(budget, share * self.longest), items, share)
+
+    def row(self, tokens: int, items: int, most: int | None = None) -> Work:
         """A packed row of so many tokens, of samples of the mean length, padded to the longest by attention.
 
         Args:
             tokens: T, e.g. `data.max_tokens_per_microbatch`.
             items: rows of the item table; a row cannot name more.
+            most: samples that there are; None = as many as the tokens make.
         """
         samples = max(1, tokens // self.mean)
+        samples = samples if most is None else min(samples, most)
         return Work(
             tokens=tokens,
             pairs=samples * self.mean * (self.mean + 1) // 2,

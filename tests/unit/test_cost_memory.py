@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from llara_dist.config import LoraConfig, ModelConfig, RunConfig
+from llara_dist.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from llara_dist.cost.activations import activation_bytes
 from llara_dist.cost.architecture import PRESETS, Architecture
 from llara_dist.cost.memory import estimate_run_memory, frozen_bytes, run_memory, trained_bytes
@@ -139,6 +139,23 @@ def test_recomputation_and_a_smaller_budget_need_less() -> None:
     assert half.device["activations"] == pytest.approx(full.device["activations"] / 2, rel=0.01)
     assert again.device["activations"] < 0.06 * full.device["activations"]
     assert again.device_bytes < half.device_bytes < full.device_bytes
+
+
+def test_a_budget_that_no_rank_fills_needs_no_memory(folder: Path) -> None:
+    from transformers import LlamaConfig
+
+    llama, ds_config = LlamaConfig.from_pretrained(folder), read_ds_config(ROOT / "ds_configs" / "zero1.json")
+
+    def activations(ranks: int, budget: int) -> int:
+        run = RunConfig(
+            model=ModelConfig(path=str(folder)),
+            data=DataConfig(global_batch_samples=8, max_tokens_per_microbatch=budget),
+        )
+        found = estimate_run_memory(run, llama, ds_config, ranks, (40, 16), SampleSizes(), "cuda", bfloat16=True)
+        return found.device["activations"]
+
+    longest = SampleSizes().longest
+    assert activations(4, 65536) == activations(4, 2 * longest) > activations(8, 65536) == activations(8, longest)
 
 
 def test_a_run_is_estimated_before_any_weight_is_read(folder: Path) -> None:

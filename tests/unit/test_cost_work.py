@@ -57,6 +57,15 @@ def test_a_planned_row_is_about_as_large_as_a_real_one() -> None:
         assert getattr(planned, name) == pytest.approx(getattr(real, name), rel=0.2), name
 
 
+def test_a_micro_batch_is_no_larger_than_the_share_of_its_rank() -> None:
+    sizes = SampleSizes(mean=200, longest=300)
+    assert sizes.largest_row(4096, 100, 50) == sizes.row(4096, 50)
+    few = sizes.largest_row(4096, 2, 50)
+    assert few.tokens == 2 * 300
+    assert few.answer_tokens == 2 * sizes.answer_tokens
+    assert few.slots == 2 * sizes.slots
+
+
 def test_distinct_items() -> None:
     assert distinct(1, 50) == pytest.approx(1)
     assert distinct(10_000, 50) == pytest.approx(50)
