@@ -2,7 +2,7 @@
 
 A step is M micro-batches, then the optimizer. Parts are added, since DeepSpeed overlaps little of them as configured:
 
-- matrix products: hardware FLOPs ÷ (peak × `compute`);
+- matrix products: hardware FLOPs ÷ (peak × `compute`), the peak of bfloat16 or float32 as the run multiplies;
 - element-wise work: TOUCHES × the activations that a forward pass saves ÷ (memory bandwidth × `bandwidth`);
 - dequantisation, per use of the weights (forward, backward, recomputation): reading half a byte an element, writing and
   reading it again in the compute type;
@@ -93,7 +93,7 @@ class StepTime:
         sent_bytes: that a rank sends.
         collectives: calls, scalars included.
         flops: of one rank.
-        peak: FLOP/s of a rank's hardware.
+        peak: FLOP/s of a rank's hardware in the compute type.
     """
 
     products: float
@@ -164,7 +164,7 @@ def predict_step(
         sent_bytes=traffic.sent(cluster.ranks),
         collectives=collectives,
         flops=step_flops(model, work),
-        peak=cluster.hardware.flops,
+        peak=cluster.hardware.peak(model.bfloat16),
     )
 
 
@@ -183,7 +183,7 @@ def compute_seconds(
     """
     hardware, shape = cluster.hardware, model.architecture
     bandwidth = hardware.memory_bandwidth * efficiency.bandwidth
-    products = step_flops(model, row).hardware / (hardware.flops * efficiency.compute)
+    products = step_flops(model, row).hardware / (hardware.peak(model.bfloat16) * efficiency.compute)
     activations = activation_bytes(model, row, hardware.device_type)
     saved = shape.layers * activations.layer + activations.outside
     passes = 3 if model.recompute else 2
