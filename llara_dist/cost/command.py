@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llara_dist.config import ModelConfig, RunConfig, run_config_from_dict
+from llara_dist.config import ModelConfig, RunConfig
 from llara_dist.console import say, table
 from llara_dist.cost.architecture import PRESETS, Architecture
 from llara_dist.cost.hardware import find_gpu
@@ -73,23 +73,32 @@ def plan(
         InputError: an unknown model or GPU type, or numbers that make no run.
     """
     config = _read_run(run)
-    architecture = _architecture(model)
+    architecture = _architecture(model, config.model)
     hardware = find_gpu(gpu)
     if network_gbit_per_s > 0:
         hardware = dataclasses.replace(hardware, inter_node=network_gbit_per_s / 8 * 1e9)
     counts = [gpus] if isinstance(gpus, int) else gpus
     numbers = {"gpus_per_node": gpus_per_node, "tokens_per_sample": tokens_per_sample, "num_items": num_items}
     numbers |= {"item_dim": item_dim, "gpus": min(counts, default=0)}
+    numbers |= {"answer_tokens": answer_tokens}
     for name, value in numbers.items():
         if value < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
+    optional = {"slots": slots, "train_samples": train_samples, "network_gbit_per_s": network_gbit_per_s}
+    optional |= {"tokens_per_microbatch": tokens_per_microbatch, "global_batch": global_batch}
+    for name, value in optional.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"--{name} {value}: must not be negative")
     longest = longest_sample or math.ceil(1.4 * tokens_per_sample)
+    if longest < tokens_per_sample:
+        raise InputError(f"--longest_sample {longest}: shorter than the mean, {tokens_per_sample} tokens")
     samples = SampleSizes(tokens_per_sample, longest, answer_tokens, slots)
     budget = tokens_per_microbatch or config.data.max_tokens_per_microbatch
     if budget < longest:
         raise InputError(f"--tokens_per_microbatch {budget}: less than the longest sample, {longest} tokens")
-    tuned = TunedModel.of(config, architecture, (num_items, item_dim), bfloat16=config.model.compute_dtype != "float32")
-    setting = _Setting(tuned, ZeroSettings.of(read_ds_config(ds_config or config.deepspeed)), samples, budget)
+    tuned = TunedModel.of(config, architecture, (num_items, item_dim), _in_bfloat16(config.model))
+    zero_path = ds_config or config.deepspeed
+    setting = _Setting(tuned, ZeroSettings.of(read_ds_config(zero_path), str(zero_path)), samples, budget)
     rows = []
     for count in counts:
         cluster = Cluster(hardware, count, gpus_per_node)
@@ -98,7 +107,8 @@ def plan(
             batch = count * max(1, budget // samples.mean)
         if batch < count:
             raise InputError(f"--global_batch {batch}: fewer samples than {count} GPUs; some would compute nothing")
-        rows.append(_predict(setting, cluster, batch, config.data.workers))
+        enlarged = not global_batch and batch != config.data.global_batch_samples
+        rows.append(_predict(setting, cluster, batch, enlarged, config.data.workers))
     result = {
         "model": model,
         "parameters": architecture.parameters,
@@ -130,6 +140,8 @@ class _Prediction:
     cluster: Cluster
     memory: RunMemory
     step: StepTime
+    enlarged: bool
+    """whether the global batch was raised above the run's, which has fewer samples than there are GPUs"""
     recommended: dict[str, Any] | None
 
     @property
@@ -151,6 +163,7 @@ class _Prediction:
             "step_parts_s": {name: getattr(step, name) for name in PARTS},
             "microbatches": step.microbatches,
             "global_batch_samples": step.samples,
+            "global_batch_enlarged": self.enlarged,
             "sent_bytes_per_rank": step.sent_bytes,
             "collectives": step.collectives,
             "tokens_per_s": step.tokens_per_s,
@@ -163,20 +176,21 @@ class _Prediction:
 PARTS = ("products", "elementwise", "dequantisation", "launching", "optimizer", "communication")
 
 
-def _predict(setting: _Setting, cluster: Cluster, batch: int, workers: int) -> _Prediction:
+def _predict(setting: _Setting, cluster: Cluster, batch: int, enlarged: bool, workers: int) -> _Prediction:
     tuned, zero, samples = setting.tuned, setting.zero, setting.samples
     row = samples.largest_row(setting.budget, math.ceil(batch / cluster.ranks), tuned.items)
     memory = run_memory(tuned, row, zero, cluster.ranks, workers=workers)
     step = predict_step(tuned, zero, cluster, samples, batch, setting.budget)
     stages = {stage: ZeroSettings.of(read_ds_config(Path(f"ds_configs/zero{stage}.json"))) for stage in range(4)}
     found = recommend(tuned, cluster, samples, batch, stages)
-    return _Prediction(cluster, memory, step, None if found is None else as_json(found))
+    return _Prediction(cluster, memory, step, enlarged, None if found is None else as_json(found))
 
 
 def _read_run(path: Path | None) -> RunConfig:
     if path is None:
         return RunConfig(deepspeed=Path("ds_configs/zero1.json"))
     import yaml
+    from jsonargparse import ArgumentError, ArgumentParser
 
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -187,10 +201,28 @@ def _read_run(path: Path | None) -> RunConfig:
         raise InputError(f"--run {path}: not YAML or JSON") from None
     if not isinstance(values, dict):
         raise InputError(f"--run {path}: holds no settings of a run")
-    return run_config_from_dict(values)
+    default = RunConfig()
+    for name, value in values.items():
+        if dataclasses.is_dataclass(getattr(default, str(name), None)) and not isinstance(value, dict):
+            raise InputError(f"--run {path}: {name} must hold settings, found {value!r}")
+    # The types of `train`'s own options: 8e-4, a string to YAML 1.1, is a number there.
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig, as_group=True)
+    try:
+        found = parser.instantiate(parser.parse_object(values))
+        return RunConfig(**{item.name: found[item.name] for item in dataclasses.fields(RunConfig)})
+    except ArgumentError as error:
+        raise InputError(f"--run {path}: {' '.join(str(error.message).split())}") from None
+    except InputError as error:
+        raise InputError(f"--run {path}: {error}") from None
 
 
-def _architecture(model: str) -> Architecture:
+def _in_bfloat16(model: ModelConfig) -> bool:
+    """What `model.llama.compute_dtype` says on a GPU with bfloat16, which all of `GPUS` are."""
+    return model.compute_dtype == "bfloat16" or (model.compute_dtype == "auto" and model.bits != 32)
+
+
+def _architecture(model: str, held: ModelConfig) -> Architecture:
     if model.lower() in PRESETS:
         return PRESETS[model.lower()]
     if not Path(model).exists() and "/" not in model:
@@ -198,7 +230,7 @@ def _architecture(model: str) -> Architecture:
         raise InputError(f"--model {model}: unknown; known are {known}, or a folder or hub id with a config.json")
     from llara_dist.model.llama import read_llama_config
 
-    return Architecture.of(read_llama_config(ModelConfig(path=model)))
+    return Architecture.of(read_llama_config(dataclasses.replace(held, path=model)))
 
 
 def _gib(count: float) -> str:
@@ -236,14 +268,18 @@ def _show(result: dict[str, Any], rows: list[_Prediction], setting: _Setting) ->
         facts.append(("hours, all epochs", [f"{value:.2f}" for value in hours]))
     table("communication and speed", ["", *head], [[name, *values] for name, values in facts])
     for row in rows:
+        if row.enlarged:
+            say(f"{_gpus(row)}: more than the run's global batch; predicted for {row.step.samples} samples a step")
         if row.recommended is None:
             whole = row.memory.start > row.cluster.hardware.memory_bytes
             why = "DeepSpeed places the whole model on each GPU before it partitions" if whole else "no stage or budget"
             say(f"{_gpus(row)}: nothing fits ({why}); take GPUs with more memory, or shorter samples")
             continue
         chosen = dict(row.recommended)
-        reasons = chosen.pop("reasons")
+        reasons, predicted = chosen.pop("reasons"), chosen.pop("predicted")
         say(f"{_gpus(row)}, recommended: {json.dumps(chosen)[1:-1]}")
+        used = _gib(predicted["device_bytes"])
+        say(f"  - predicted: {predicted['tokens_per_s']:,.0f} tokens/s, {used} GiB a GPU")
         for reason in reasons:
             say(f"  - {reason}")
     say(ASSUMED)

@@ -103,12 +103,14 @@ def estimate_run_memory(
         Bytes. On the CPU the process needs `device_bytes + host_bytes` of its node.
 
     Raises:
-        InputError: lora.targets names what no cost is known for.
+        InputError: lora.targets names what no cost is known for, or ds_config's values have wrong types.
     """
     model = TunedModel.of(config, Architecture.of(llama), item_table, bfloat16)
     share = math.ceil(config.data.global_batch_samples / world_size)
     work = samples.largest_row(config.data.max_tokens_per_microbatch, share, items=item_table[0])
-    return run_memory(model, work, ZeroSettings.of(ds_config), world_size, device_type, config.data.workers)
+    return run_memory(
+        model, work, ZeroSettings.of(ds_config, str(config.deepspeed)), world_size, device_type, config.data.workers
+    )
 
 
 def run_memory(

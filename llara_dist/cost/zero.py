@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llara_dist.ds_config import zero_stage
+from llara_dist.errors import InputError
 
 STAGE0_BUCKET = 500_000_000
 """gradients that stage 0 flattens and all-reduces at once, whatever the ds_config says"""
@@ -42,25 +43,61 @@ class ZeroSettings:
     max_reuse_distance: int = 1_000_000_000
 
     @classmethod
-    def of(cls, ds_config: dict[str, Any]) -> ZeroSettings:
-        """Read what `read_ds_config` returned."""
-        zero = ds_config.get("zero_optimization", {})
+    def of(cls, ds_config: dict[str, Any], shown: str = "ds_config") -> ZeroSettings:
+        """Read what `read_ds_config` returned; stage 3's keys by their names with and without `stage3_`.
+
+        Args:
+            ds_config: as loaded.
+            shown: its path, for messages.
+
+        Raises:
+            InputError: a value is of a type that DeepSpeed does not take; names the key.
+        """
+        zero = _Section(ds_config.get("zero_optimization", {}), f"{shown}: zero_optimization")
         stage = zero_stage(ds_config)
-        overlap = zero.get("overlap_comm")
-
-        def offloads(section: str) -> bool:
-            return (zero.get(section) or {}).get("device", "none") not in ("none", None)
-
+        unsaid = zero.values.get("overlap_comm") is None
         return cls(
             stage=stage,
-            reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
-            overlap=stage == 3 if overlap is None else bool(overlap),
-            contiguous=bool(zero.get("contiguous_gradients", True)),
-            offload_optimizer=stage > 0 and offloads("offload_optimizer"),
-            offload_parameters=stage == 3 and offloads("offload_param"),
-            persistence=int(zero.get("stage3_param_persistence_threshold", cls.persistence)),
-            model_persistence=int(zero.get("stage3_model_persistence_threshold", cls.model_persistence)),
-            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch_bucket)),
-            max_live=int(zero.get("stage3_max_live_parameters", cls.max_live)),
-            max_reuse_distance=int(zero.get("stage3_max_reuse_distance", cls.max_reuse_distance)),
+            reduce_bucket=zero.count("reduce_bucket_size", cls.reduce_bucket),
+            overlap=stage == 3 if unsaid else zero.flag("overlap_comm", False),
+            contiguous=zero.flag("contiguous_gradients", True),
+            offload_optimizer=zero.offloads("offload_optimizer") and stage > 0,
+            offload_parameters=zero.offloads("offload_param") and stage == 3,
+            persistence=zero.count("stage3_param_persistence_threshold", cls.persistence),
+            model_persistence=zero.count("stage3_model_persistence_threshold", cls.model_persistence),
+            prefetch_bucket=zero.count("stage3_prefetch_bucket_size", cls.prefetch_bucket),
+            max_live=zero.count("stage3_max_live_parameters", cls.max_live),
+            max_reuse_distance=zero.count("stage3_max_reuse_distance", cls.max_reuse_distance),
         )
+
+
+class _Section:
+    """Typed reading of one JSON object, by pydantic's rules as DeepSpeed reads it (5e7 and "50000000" are counts)."""
+
+    def __init__(self, values: Any, name: str) -> None:
+        if not isinstance(values, dict):
+            raise InputError(f"{name} must be an object, found {values!r}; see ds_configs/")
+        self.values, self.name = values, name
+
+    def count(self, key: str, default: int) -> int:
+        """A number of elements; the name with `stage3_` goes first where both are given."""
+        key = key if key in self.values else key.removeprefix("stage3_")
+        return self._read(key, default, int, "a whole number, 0 or more")
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._read(key, default, bool, "true or false")
+
+    def offloads(self, key: str) -> bool:
+        inner = self.values.get(key)
+        return inner is not None and _Section(inner, f"{self.name}.{key}").values.get("device") not in ("none", None)
+
+    def _read(self, key: str, default: Any, kind: Any, must: str) -> Any:
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            value = TypeAdapter(kind).validate_python(self.values.get(key, default))
+        except ValidationError:
+            value = None
+        if value is None or value < 0:
+            raise InputError(f"{self.name}.{key}={self.values[key]!r} must be {must}; see ds_configs/")
+        return value
