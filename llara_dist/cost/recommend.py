@@ -51,10 +51,10 @@ def recommend(
     stages: dict[int, ZeroSettings],
     budgets: Iterable[int] = BUDGETS,
 ) -> Recommendation | None:
-    """The smallest stage that fits, with the budget and recomputation that are predicted fastest on it.
+    """The smallest stage that fits and is not predicted slower, with the budget and recomputation fastest on it.
 
     A higher stage saves little here (adapters are small) and communicates more, so it is taken only where the lower
-    ones do not fit. Stage 0 is for one rank alone: stage 1 partitions moments at the price of one all-gather a step.
+    ones do not fit, or leave so little memory that their steps are slower.
 
     Args:
         model: what is tuned; its `recompute` is tried both ways.
@@ -67,39 +67,63 @@ def recommend(
     Returns:
         None where nothing fits.
     """
-    room = (1 - MARGIN) * cluster.hardware.memory_bytes
-    tried = [0] if cluster.ranks == 1 else [1, 2, 3]
-    for stage in tried:
-        best: Recommendation | None = None
-        for recompute in (True, False):
-            held = dataclasses.replace(model, recompute=recompute)
-            for budget in sorted(budgets):
-                if budget < samples.longest:
-                    continue
-                row = samples.largest_row(budget, math.ceil(global_batch / cluster.ranks), model.items)
-                memory = run_memory(held, row, stages[stage], cluster.ranks)
-                if memory.device_bytes > room:
-                    break
-                step = predict_step(held, stages[stage], cluster, samples, global_batch, budget)
-                if best is None or step.tokens_per_s > WORTH * best.step.tokens_per_s:
-                    best = Recommendation(stage, budget, recompute, memory, step, [])
-        if best is not None:
-            return dataclasses.replace(best, reasons=_reasons(best, tried, cluster))
+    tried = [0] if cluster.ranks == 1 else sorted(stages)
+    found = [_best(model, cluster, samples, global_batch, stage, stages[stage], budgets) for stage in tried]
+    fitting = [best for best in found if best is not None]
+    for place, best in enumerate(fitting):
+        fastest = max(other.step.tokens_per_s for other in fitting[place:])
+        if fastest <= WORTH * best.step.tokens_per_s:
+            return dataclasses.replace(best, reasons=_reasons(best, fitting, cluster))
     return None
 
 
-def _reasons(found: Recommendation, tried: list[int], cluster: Cluster) -> list[str]:
+def _best(
+    model: TunedModel,
+    cluster: Cluster,
+    samples: SampleSizes,
+    global_batch: int,
+    stage: int,
+    zero: ZeroSettings,
+    budgets: Iterable[int],
+) -> Recommendation | None:
+    """What is fastest under one stage, None where nothing fits."""
+    room = (1 - MARGIN) * cluster.hardware.memory_bytes
+    share = math.ceil(global_batch / cluster.ranks)
+    best: Recommendation | None = None
+    for recompute in (True, False):
+        held = dataclasses.replace(model, recompute=recompute)
+        for budget in sorted(budgets):
+            if budget < samples.longest:
+                continue
+            memory = run_memory(held, samples.largest_row(budget, share, model.items), zero, cluster.ranks)
+            if memory.device_bytes > room:
+                break
+            step = predict_step(held, zero, cluster, samples, global_batch, budget)
+            if best is None or step.tokens_per_s > WORTH * best.step.tokens_per_s:
+                best = Recommendation(stage, budget, recompute, memory, step, [])
+    return best
+
+
+def _reasons(found: Recommendation, fitting: list[Recommendation], cluster: Cluster) -> list[str]:
     used, total = found.memory.device_bytes / 2**30, cluster.hardware.memory_bytes / 2**30
+    below = [best.stage for best in fitting if best.stage < found.stage]
     if found.stage == 0:
-        first = "one GPU: nothing to partition, stage 0"
-    elif found.stage == tried[0]:
-        first = f"ZeRO-{found.stage} is the smallest stage that fits; higher ones would only communicate more"
+        first = "one GPU: nothing to partition" if cluster.ranks == 1 else "stage 0 fits: nothing need be partitioned"
+    elif below:
+        first = f"ZeRO-{found.stage}: a stage below it fits, but is predicted slower in the memory that it leaves"
     else:
         first = f"ZeRO-{found.stage}: the stages below it do not fit"
+    beside = []
+    first_partitioned = next((best for best in fitting if best.stage == 1), None)
+    if found.stage == 0 and first_partitioned is not None:
+        slower = first_partitioned.step.seconds / found.step.seconds - 1
+        more = (first_partitioned.memory.device_bytes - found.memory.device_bytes) / 2**20
+        beside = [f"measure ZeRO-1 too: at its best predicted {slower:+.1%} step time and {more:+.0f} MiB a GPU"]
     held = "layers are recomputed" if found.recompute else "activations are kept"
     why = "keeping them would not fit or not be faster" if found.recompute else "recomputing would be slower"
     return [
         first,
+        *beside,
         f"{found.tokens_per_microbatch} tokens a micro-batch: a larger budget does not fit or gains less than "
         f"{WORTH - 1:.0%}",
         f"{held}: {why}",
@@ -108,10 +132,15 @@ def _reasons(found: Recommendation, tried: list[int], cluster: Cluster) -> list[
 
 
 def as_json(found: Recommendation) -> dict[str, Any]:
-    """The settings by their names in a run's configuration, and the reasons."""
+    """The settings by their names in a run's configuration, what is predicted with them, and the reasons."""
     return {
         "deepspeed": f"ds_configs/zero{found.stage}.json",
         "data.max_tokens_per_microbatch": found.tokens_per_microbatch,
         "model.activation_checkpointing": found.recompute,
+        "predicted": {
+            "tokens_per_s": found.step.tokens_per_s,
+            "step_s": found.step.seconds,
+            "device_bytes": found.memory.device_bytes,
+        },
         "reasons": found.reasons,
     }
