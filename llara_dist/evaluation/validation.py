@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from llara_dist import distributed
 from llara_dist.config import RunConfig
@@ -144,12 +143,12 @@ class RunValidator:
             InputError: a sample is damaged.
         """
         started = time.perf_counter()
-        together = engine.world.size > 1 and is_partitioned(engine.model)
-        lockstep = Lockstep(engine.device) if together else ALONE
+        ranks = Lockstep(engine.device) if engine.world.size > 1 else ALONE
+        lockstep = ranks if is_partitioned(engine.model) else ALONE
         tally = Tally()
         with evaluation_mode(engine):
             for turn in self._turns:
-                if together_asked(self._stop_requested(), engine):
+                if ranks.any(self._stop_requested()):
                     return None
                 if turn.counted or lockstep.on:
                     self._beat()
@@ -195,11 +194,6 @@ class RunValidator:
             hits=sum(verdict.hit for verdict in verdicts),
             valid=sum(verdict.valid for verdict in verdicts),
         )
-
-
-def together_asked(asked: bool, engine: Engine) -> bool:
-    """Whether any rank was asked to stop; a collective of a single number."""
-    return bool(distributed.sum_tensor(torch.tensor(float(asked), device=engine.device)) > 0)
 
 
 def open_validator(

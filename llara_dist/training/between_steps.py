@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from llara_dist.supervision.progress import Phase
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.run import Run
@@ -36,6 +38,19 @@ def conclude(run: Run, log: MetricsLog, done: int) -> float:
     return blocked_s + validate(run, log, done) if due else blocked_s
 
 
+def stop(run: Run, done: int) -> NoReturn:
+    """End the run after `done` steps because a rank was asked to: saved, with the validation that is due still owed.
+
+    Raises:
+        StoppedError: always.
+        InputError: the checkpoint could not be written.
+    """
+    run.validations.put_off(done)
+    run.engine.phases.enter(Phase.CHECKPOINT, done - 1)
+    run.save(done, required=True)
+    raise StoppedError(done)
+
+
 def validate(run: Run, log: MetricsLog, done: int) -> float:
     """Validate after `done` steps, and save what that changes: a new best, or the run's end.
 
@@ -50,9 +65,7 @@ def validate(run: Run, log: MetricsLog, done: int) -> float:
     found = validations.validate(run.engine, done)
     phases.enter(Phase.CHECKPOINT, done - 1)
     if found is None:
-        validations.put_off(done)
-        run.save(done, required=True)
-        raise StoppedError(done)
+        stop(run, done)
     scores, is_best = found
     log.write_validation(scores, is_best)
     if is_best or validations.exhausted or done == run.total_steps:

@@ -11,7 +11,7 @@ from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.supervision.progress import Phase
-from llara_dist.training.between_steps import StoppedError, conclude, validate
+from llara_dist.training.between_steps import StoppedError, conclude, stop, validate
 from llara_dist.training.debug import Debugger
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.profile import Profiler
@@ -79,15 +79,13 @@ def run_steps(
         finished = time.perf_counter()
         if debugger is not None:
             debugger.after(step, result, finished - started)
-        if run.log_due(step.index):
+        if log.enabled and run.log_due(step.index):
             log.write(metrics.row(step, result, wait_s=started - waiting_since, step_s=finished - started))
-        stop, is_lost = result.votes
+        is_asked, is_lost = result.votes
         if is_lost:
             raise InputError(lost() or f"{run.config.out}: another job has taken this run over", everywhere=False)
-        if stop:
-            run.validations.put_off(done)
-            run.save(done, required=True)
-            raise StoppedError(done)
+        if is_asked:
+            stop(run, done)
         metrics.saving_s += conclude(run, log, done)
         if run.validations.exhausted:
             break

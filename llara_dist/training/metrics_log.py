@@ -42,7 +42,7 @@ class MetricsLog:
     """
 
     def __init__(self, out: Path, first_step: int, total_steps: int, enabled: bool, validated: int = 0) -> None:
-        self._enabled = enabled
+        self.enabled = enabled
         if not enabled:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -83,7 +83,7 @@ class MetricsLog:
         Args:
             row: `step` and numbers by name.
         """
-        if not self._enabled:
+        if not self.enabled:
             return
         with self._outliving_the_disk():
             self._file.write(json.dumps(row) + "\n")
@@ -105,7 +105,7 @@ class MetricsLog:
 
     def write_validation(self, scores: ValidationScores, is_best: bool) -> None:
         """Log one validation: a line of validation.jsonl, TensorBoard scalars, a line for people."""
-        if not self._enabled:
+        if not self.enabled:
             return
         row = scores.to_dict() | {"best": is_best}
         with self._outliving_the_disk():
@@ -138,7 +138,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if not self._enabled:
+        if not self.enabled:
             return
         if self._bar is not None:
             self._bar.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ class StepMetrics:
         self._model = TunedModel.of(run.config, architecture, (table.shape[0], table.shape[1]), bfloat16)
         self._zero = ZeroSettings.of(engine.ds_config)
         on_gpu = engine.device.type == "cuda"
+        world = engine.world.size
+        # Walks over every parameter under stage 3, and steps have one of a few numbers of micro-batches.
+        self._sent_bytes = cache(lambda number: step_traffic(self._model, self._zero, world, number).sent(world))
         self._peak = peak_flops(torch.cuda.get_device_name(engine.device)) if on_gpu and bfloat16 else None
 
     def row(self, step: Step, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:
@@ -63,8 +67,7 @@ class StepMetrics:
         phases = run.engine.phases.read()
         whole = wait_s + step_s
         flops = step_flops(self._model, Work.of(step.microbatches)).model
-        world = run.engine.world.size
-        sent = step_traffic(self._model, self._zero, world, len(step.microbatches)).sent(world)
+        sent = self._sent_bytes(len(step.microbatches))
         saving_s, self.saving_s = self.saving_s, 0.0
         return {
             "step": step.index,

@@ -39,11 +39,11 @@ class Validations:
         return self._validator is not None and (done % self._every == 0 or done == self._total_steps)
 
     def owes(self, done: int) -> bool:
-        """Whether the validation after `done` steps was put off when the run was stopped there."""
+        """Whether the checkpoint after `done` steps was written before the validation that was due there."""
         return self.owed_after == done and self.due(done)
 
     def put_off(self, done: int) -> None:
-        """The run is told to stop: what is due after `done` steps is done when it goes on."""
+        """What is due after `done` steps is owed by the checkpoint written now: done later, or after a resume."""
         self.owed_after = done if self.due(done) else None
 
     def validate(self, engine: Engine, done: int) -> tuple[ValidationScores, bool] | None:

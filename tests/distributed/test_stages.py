@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.runs import run_config
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SIZES = (1, 2, 4)
 STEPS = 60
-PRECISIONS = {"nf4": 4, "fp32": 32}
+PRECISIONS: dict[str, Literal[4, 32]] = {"nf4": 4, "fp32": 32}
 QUICK = (("nf4", 1), ("nf4", 2))
 """what the quick suite runs as well"""
 
@@ -49,7 +50,7 @@ def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         configs = []
         for stage in STAGES:
             config = config_of(inputs, root / precision / f"{stage}-{size}", stage, size)
-            model = ModelConfig(path=config.model.path, bits=PRECISIONS[precision])  # type: ignore[arg-type]
+            model = ModelConfig(path=config.model.path, bits=PRECISIONS[precision])
             configs.append(dataclasses.replace(config, model=model))
         run_ranks(train_all, size, root / f"ranks-{precision}-{size}", configs)
         return root / precision

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ def results(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenarios = []
     for stage in STAGES:
 
-        def make(name: str, stage: str = stage, **given: object) -> Scenario:
+        def make(name: str, stage: str = stage, **given: Any) -> Scenario:
             out = folder / f"{stage}-{name}"
-            return Scenario(f"{stage}-{name}", run_config(inputs, out, stage, max_steps=STEPS), **given)  # type: ignore[arg-type]
+            return Scenario(f"{stage}-{name}", run_config(inputs, out, stage, max_steps=STEPS), **given)
 
         # The first step is hybrid, the others are text-only: what moves the projector then is momentum alone.
         scenarios.append(make("text", hybrid=(0,)))

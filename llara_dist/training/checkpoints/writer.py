@@ -115,7 +115,7 @@ class CheckpointWriter:
         self._thread.shutdown(wait=True)
         try:
             self._settle()
-        except Exception as failure:
+        except Exception as failure:  # whatever it is, it must not hide the error that ends the run
             if error is None:
                 raise
             error.add_note(f"The writer of checkpoints failed as well: {failure!r}")
