@@ -207,6 +207,11 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def of_main(value: Any) -> Any:
+    """The main rank's value, on every rank; what the others give is not looked at."""
+    return gather_objects(value)[0]
+
+
 def node_ranks(world: World) -> list[range]:
     """The ranks of each node, in order; a collective. Ranks of a node follow each other in every launcher's order."""
     starts = [rank for rank, local in enumerate(gather_objects(world.local_rank)) if local == 0 or rank == 0]

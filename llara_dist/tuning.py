@@ -105,7 +105,7 @@ def reopened(config: RunConfig, inputs: Inputs, world: World) -> Inputs:
                 check_out(config)
             except InputError as error:
                 refusal = str(error)
-        refusal = distributed.gather_objects(refusal)[0]
+        refusal = distributed.of_main(refusal)
         if refusal is not None:
             raise InputError(refusal)
         return inputs
@@ -140,7 +140,7 @@ def announce(config: RunConfig, inputs: Inputs) -> None:
 
 def requeue(out: Path, done: int, world: World) -> RequeueError | RunFailedError:
     """How a run that was asked to stop ends: to be started again, unless that has led nowhere; a collective."""
-    again = distributed.gather_objects(may_requeue(out, done) if world.is_main else None)[0]
+    again = distributed.of_main(may_requeue(out, done) if world.is_main else None)
     if again:
         return RequeueError(f"{out}: asked to stop, safe up to step {done}: start again with --resume auto to go on")
     return RunFailedError(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from llara_dist.distributed import Job, World, gather_objects, read_job
+from llara_dist.distributed import Job, World, of_main, read_job
 from llara_dist.errors import InputError
 from llara_dist.supervision.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
 from llara_dist.supervision.process_identity import ProcessIdentity, this_process
@@ -304,7 +304,7 @@ def hold_run(out: Path, heartbeat_s: float, world: World, job: Job | None = None
                 refusal = str(error)
             except OSError as error:
                 refusal = f"{error.filename or out}: {error.strerror or error}"
-        token, refusal = gather_objects((token, refusal))[0]
+        token, refusal = of_main((token, refusal))
         if refusal:
             raise InputError(refusal)
         yield HeldRun(token, lock)

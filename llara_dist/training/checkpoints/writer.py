@@ -162,7 +162,7 @@ class CheckpointWriter:
         """
         self._settle()
         problem = None if self._last is None else self._last.problem
-        problem = distributed.gather_objects(problem)[0]
+        problem = distributed.of_main(problem)
         if problem is not None:
             raise InputError(f"{problem}; then start again with --resume auto")
 
