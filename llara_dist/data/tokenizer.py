@@ -36,8 +36,12 @@ _PROBES = (
 )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder (tokenizer.json, or SentencePiece's tokenizer.model alone) or a hub id.
+
+    Args:
+        path: folder or hub id.
+        revision: of a hub id: branch, tag or commit; ignored for a folder.
 
     Raises:
         InputError: nothing loadable there, or a tokenizer without a `tokenizers` backend.
@@ -50,7 +54,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything here, a bare Exception for a damaged tokenizer.json
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: no tokenizer could be loaded from this folder or hub id ({reason})") from None

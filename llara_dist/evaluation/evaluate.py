@@ -103,7 +103,7 @@ def evaluate(
             trained.model,
             opened,
             ids,
-            load_tokenizer(config.model.path),
+            load_tokenizer(config.model.path, config.model.revision),
             opened.titles(),
             hybrid=hybrid,
             generation=generation,

@@ -216,7 +216,9 @@ def open_validator(
     if config.validation.every_steps == 0:
         return None
     samples = open_samples(config.data.shards, "val", node_cache(config.data))
-    return RunValidator(config, samples, load_tokenizer(config.model.path), world, beat, stop_requested)
+    return RunValidator(
+        config, samples, load_tokenizer(config.model.path, config.model.revision), world, beat, stop_requested
+    )
 
 
 def expected_hits(scores: np.ndarray, targets: np.ndarray) -> float:

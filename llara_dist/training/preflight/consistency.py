@@ -36,7 +36,7 @@ def check_tokenizer(config: RunConfig, shards: Samples) -> str:
     Raises:
         InputError: it is another.
     """
-    found = tokenizer_hash(load_tokenizer(config.model.path))
+    found = tokenizer_hash(load_tokenizer(config.model.path, config.model.revision))
     if found != shards.info["tokenizer_hash"]:
         raise InputError(
             f"model.path={config.model.path}: its tokenizer ({found[:12]}) is not the one that {config.data.shards} "
