@@ -25,6 +25,10 @@ ORDER = [
     "training",
     "evaluation",
     "tuning",
+    "replay",
+    "watching",
+    "cluster",
+    "doctor",
     "quickstart",
     "cli",
 ]
