@@ -13,8 +13,8 @@ from llara_dist.errors import InputError
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.prefetch import Prefetcher
-from llara_dist.stream.reader import Samples
-from llara_dist.stream.share import check_world, share_out
+from llara_dist.stream.reader import SampleInfo, Samples
+from llara_dist.stream.share import Shares, check_world, share_out
 from llara_dist.supervision.stop_signals import ignore_stop_signals
 
 Draw = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
@@ -30,6 +30,8 @@ class Step:
     epoch: int
     microbatches: list[Batch]
     """this rank's; equally many on every rank"""
+    places: list[tuple[int, int]]
+    """of each micro-batch: whose it is and the how many-th of that rank, from 0; dropout is seeded with both"""
     samples: int
     """of the global step, like all that follows"""
     hybrid_samples: int
@@ -49,6 +51,20 @@ class Step:
 
 
 @dataclass(frozen=True)
+class SharedStep:
+    """A step's samples before any is read, and who computes which. Arrays [n] in the plan's order."""
+
+    ids: np.ndarray
+    """int64"""
+    info: SampleInfo
+    hybrid: np.ndarray
+    """bool"""
+    lengths: np.ndarray
+    """int64: positions in the form that was drawn"""
+    shares: Shares
+
+
+@dataclass(frozen=True)
 class StepMaker:
     """Makes any step of a plan for one rank; the same in every process."""
 
@@ -61,24 +77,43 @@ class StepMaker:
     max_tokens_per_microbatch: int
 
     def make(self, index: int) -> Step:
-        """Read and pack step `index`."""
+        """Read and pack what this rank computes in step `index`."""
+        return self._read(index, self.share(index, only=self.rank), range(self.rank, self.rank + 1))
+
+    def make_whole(self, index: int) -> Step:
+        """Read and pack what all ranks compute in step `index`, one rank after the other."""
+        return self._read(index, self.share(index), range(sum(self.nodes)))
+
+    def share(self, index: int, only: int | None = None) -> SharedStep:
+        """Who computes what of step `index`; no sample is read.
+
+        Args:
+            index: optimizer step.
+            only: the one rank whose rows are wanted, see `share_out`.
+        """
         ids = self.plan.step(index)
         info = self.shards.lookup(ids)
         hybrid = np.asarray(self.draw(index, info.keys, info.passes), dtype=bool)
         lengths = info.tokens - np.where(hybrid, 0, info.slots)
         homes = self.plan.homes(index, sum(self.nodes)) if len(self.nodes) > 1 else None
-        shares = share_out(lengths, self.nodes, homes, self.max_tokens_per_microbatch, only=self.rank)
-        tokens = int(lengths.sum())
+        shares = share_out(lengths, self.nodes, homes, self.max_tokens_per_microbatch, only=only)
+        return SharedStep(ids, info, hybrid, lengths, shares)
+
+    def _read(self, index: int, found: SharedStep, ranks: range) -> Step:
+        ids, hybrid, loads = found.ids, found.hybrid, found.shares.loads
+        parts = [(rank, turn, part) for rank in ranks for turn, part in enumerate(found.shares.rows[rank])]
+        tokens = int(found.lengths.sum())
         return Step(
             index=index,
             epoch=self.plan.epoch(index),
-            microbatches=[collate(self.shards.read(ids[part]), hybrid[part]) for part in shares.rows[self.rank]],
+            microbatches=[collate(self.shards.read(ids[part]), hybrid[part]) for _, _, part in parts],
+            places=[(rank, turn) for rank, turn, _ in parts],
             samples=len(ids),
             hybrid_samples=int(hybrid.sum()),
-            answer_tokens=int(info.answer_tokens.sum()),
+            answer_tokens=int(found.info.answer_tokens.sum()),
             tokens=tokens,
-            padding_share=1.0 - tokens / (len(shares.loads) * int(shares.loads.max(axis=0).sum())),
-            keys=info.keys,
+            padding_share=1.0 - tokens / (len(loads) * int(loads.max(axis=0).sum())),
+            keys=found.info.keys,
         )
 
 

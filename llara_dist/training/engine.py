@@ -146,7 +146,7 @@ class Engine:
         for index, batch in enumerate(step.microbatches):
             keys = None if batch.is_empty else batch.keys
             self.phases.enter(Phase.FORWARD, step.index, index, keys)
-            self._reseed(step.index, index)
+            seed_dropout(self.seed, step.index, *step.places[index])
             loss = self._engine(batch.to(self.device))
             summed += loss.detach()
             self.phases.enter(Phase.BACKWARD, step.index, index, keys)
@@ -203,9 +203,10 @@ class Engine:
         finally:
             inner.step = update
 
-    def _reseed(self, step: int, microbatch: int) -> None:
-        """Dropout is a function of (seed, step, rank, micro-batch), so that a resumed step repeats exactly."""
-        torch.manual_seed(int(hash64(text_seed("dropout"), self.seed, step, self.world.rank, microbatch)) >> 1)
+
+def seed_dropout(seed: int, step: int, rank: int, microbatch: int) -> None:
+    """Dropout is a function of (seed, step, rank, micro-batch), so that a resumed or replayed step repeats exactly."""
+    torch.manual_seed(int(hash64(text_seed("dropout"), seed, step, rank, microbatch)) >> 1)
 
 
 def _suspects(step: Step, trail: list[Tensor]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
 from llara_dist.training.faults import Faults
 from llara_dist.training.preflight.examine import Inputs
-from llara_dist.training.schedule import learning_rate
+from llara_dist.training.schedule import learning_rates
 from llara_dist.training.scores import ValidationScores, Validator
 from llara_dist.training.validations import Validations
 
@@ -60,16 +60,8 @@ class Run:
     writer: CheckpointWriter
 
     def rates(self, step: int) -> tuple[float, float]:
-        """Learning rates of LoRA and projector at a step; the projector's is 0 while p = 0.
-
-        In a text-only phase the projector gets zero gradients, yet momentum and decay would still move it.
-        """
-        settings = self.config.optimizer
-        lora, projector = (
-            learning_rate(step, self.total_steps, peak, settings.warmup_fraction, settings.floor)
-            for peak in (settings.lora_lr, settings.projector_lr)
-        )
-        return lora, projector if self.curriculum.probability(step) > 0 else 0.0
+        """Learning rates of LoRA and projector at a step."""
+        return learning_rates(step, self.total_steps, self.config.optimizer, self.curriculum.probability(step))
 
     def save(self, done: int, best: ValidationScores | None = None, required: bool = False) -> SaveTimes:
         """Save the run after `done` optimizer steps; every rank calls it. The last save waits and must succeed.

@@ -17,7 +17,7 @@ from llara_dist.training.faults import LEAST, Faults
 
 
 def step(index: int) -> Step:
-    return Step(index, 0, [], 3, 0, 9, 30, 0.0, np.array([index, index + 1, index + 2], dtype=np.uint64))
+    return Step(index, 0, [], [], 3, 0, 9, 30, 0.0, np.array([index, index + 1, index + 2], dtype=np.uint64))
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
