@@ -1,4 +1,4 @@
-"""Requeueing ends when it leads nowhere: OUT/starts.jsonl tells where each start began."""
+"""OUT/starts.jsonl: where each start of a run began, on how many ranks; requeueing ends when it leads nowhere."""
 
 from __future__ import annotations
 
@@ -26,12 +26,21 @@ class Start:
         restart: how often the scheduler had requeued it.
         first_step: optimizer steps done before it: 0, or its checkpoint's.
         time: local time with zone, for people.
+        nodes: ranks of each group that shared rows out among itself: of each node where nodes have their own copies of
+            the shards, else one group of all ranks; () in files of older versions.
+        max_tokens_per_microbatch: budget of a packed row; 0 in files of older versions.
     """
 
     job: str
     restart: int
     first_step: int
     time: str
+    nodes: tuple[int, ...] = ()
+    max_tokens_per_microbatch: int = 0
+
+    def __post_init__(self) -> None:
+        """JSON gives a list."""
+        object.__setattr__(self, "nodes", tuple(self.nodes))
 
 
 def read_starts(out: Path) -> list[Start]:
@@ -46,9 +55,20 @@ def read_starts(out: Path) -> list[Start]:
     return starts
 
 
-def record_start(out: Path, job: Job, first_step: int) -> None:
-    """Append this start, durably; rank 0 calls it once it knows where the run begins."""
-    start = Start(job.name, job.restart, first_step, time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+def record_start(
+    out: Path, job: Job, first_step: int, nodes: Sequence[int] = (), max_tokens_per_microbatch: int = 0
+) -> None:
+    """Append this start, durably; rank 0 calls it once it knows where the run begins.
+
+    Args:
+        out: the run's folder.
+        job: of this process.
+        first_step: optimizer steps done before.
+        nodes: as in `Start`.
+        max_tokens_per_microbatch: as in `Start`.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start = Start(job.name, job.restart, first_step, now, tuple(nodes), max_tokens_per_microbatch)
     path = Path(out) / STARTS
     # A line that was torn before must not swallow this one.
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
