@@ -19,7 +19,8 @@ from llara_dist.supervision.stop_signals import StopSignals
 from llara_dist.supervision.watchdog import RankMonitor
 from llara_dist.training.between_steps import StoppedError
 from llara_dist.training.checkpoints.writer import newest_step
-from llara_dist.training.debug import Debugger, clear, shrink
+from llara_dist.training.debug import Debugger, check_folder, shrink
+from llara_dist.training.fit_device import DEBUG_BYTES, fit_device
 from llara_dist.training.loop import train_loop
 from llara_dist.training.preflight.examine import Inputs, check_out, open_inputs
 from llara_dist.training.run import open_run
@@ -44,10 +45,9 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
     """
     world = distributed.read_world()
     if debug:
-        config = shrink(config, world)
+        config = fit_device(shrink(config, world), DEBUG_BYTES)
+        check_folder(config.out)
     inputs = open_inputs(config, world)
-    if debug:
-        clear(config.out)
     device = distributed.pick_device(config.device, world)
     faults, status, signals = config.faults, RankStatus(), StopSignals()
 
@@ -69,7 +69,9 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
             run = open_run(config, inputs, world, device, validator, held.check)
             run.engine.phases.watcher = status.enter
             if world.is_main:
-                record_start(config.out, distributed.read_job(), run.first_step)
+                maker = run.loader.maker
+                tokens = maker.max_tokens_per_microbatch
+                record_start(config.out, distributed.read_job(), run.first_step, maker.nodes, tokens)
                 announce(config, inputs)
                 if run.validations.measured_anew:
                     say("validation is measured in another way than before: its best score and patience begin anew")

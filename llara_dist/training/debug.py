@@ -15,6 +15,7 @@ from llara_dist.distributed import World
 from llara_dist.errors import InputError
 from llara_dist.stream.batch import Batch
 from llara_dist.stream.loader import Step
+from llara_dist.supervision.rank_status import RANKS
 from llara_dist.training.engine import StepResult
 from llara_dist.training.memory import peak_memory_mib
 
@@ -28,7 +29,7 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
     """The same run with few steps of few samples, read in this process, in a folder `OUT-debug` of its own.
 
     The folder is made anew each time (`clear`). Model, shards, recommender, curriculum, rates and ZeRO stage stay as
-    they are.
+    they are; `fit_device` changes what has to be changed to fit one GPU.
 
     Raises:
         InputError: more than one process was started.
@@ -37,10 +38,9 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
         raise InputError(
             f"--debug runs in one process, {world.size} were started: use plain `llara-dist train --debug`"
         )
-    resolved = config.out.resolve()
     return dataclasses.replace(
         config,
-        out=resolved.with_name(resolved.name + "-debug"),
+        out=debug_folder(config.out),
         resume="no",
         log_every_steps=1,
         data=dataclasses.replace(
@@ -56,17 +56,41 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
     )
 
 
+def debug_folder(out: Path) -> Path:
+    """Where the debug runs of the run in `out` write: the folder `OUT-debug` beside it."""
+    resolved = Path(out).resolve()
+    return resolved.with_name(resolved.name + "-debug")
+
+
+def check_folder(out: Path) -> None:
+    """Nothing that no debug run made lies in a debug run's folder.
+
+    Raises:
+        InputError: something does.
+    """
+    if out.exists() and not (out / MARK).is_dir() and _left_in(out):
+        raise InputError(f"{out}: exists and was not made by --debug; remove it or choose another --out")
+
+
 def clear(out: Path) -> None:
-    """Remove the folder of an earlier debug run, and nothing else.
+    """Remove what an earlier debug run left, and nothing else; to be called under the lock of `out`.
+
+    What this run has made there to be watched stays.
 
     Raises:
         InputError: `out` is there and no debug run made it.
     """
-    if not out.exists():
-        return
-    if not (out / MARK).is_dir():
-        raise InputError(f"{out}: exists and was not made by --debug; remove it or choose another --out")
-    shutil.rmtree(out)
+    check_folder(out)
+    for path in sorted(_left_in(out), key=lambda path: path.name == MARK):  # the mark last: it says whose the rest is
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _left_in(out: Path) -> list[Path]:
+    """What lies in a folder but the run's lock and its ranks' signs of life."""
+    return [path for path in out.iterdir() if path.name != RANKS and not path.name.startswith(("lock-", ".lock."))]
 
 
 def describe_sample(batch: Batch, index: int, tokenizer: object) -> tuple[str, list[str]]:
@@ -122,16 +146,19 @@ def dump_batch(batch: Batch, path: Path) -> None:
 class Debugger:
     """Looks at every step: shapes, a decoded sample, timing, memory, finite loss; anomaly detection is on.
 
+    Its folder is cleared of an earlier debug run.
+
     Args:
-        config: the shrunk run.
+        config: the shrunk run, whose folder is locked.
         device: of the run.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
+        clear(config.out)
         self._out = config.out / MARK
         self._out.mkdir(parents=True)
         self._device = device
-        self._tokenizer = load_tokenizer(config.model.path)
+        self._tokenizer = load_tokenizer(config.model.path, config.model.revision)
         self._shown: set[bool] = set()
         torch.autograd.set_detect_anomaly(True)
         torch.use_deterministic_algorithms(True, warn_only=True)
