@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -62,9 +63,12 @@ class Faults:
         if self.skipped > self._settings.max_skipped_steps:
             raise RunFailedError(
                 f"step {step.index}: {message}, more than faults.max_skipped_steps={self._settings.max_skipped_steps}. "
-                f"Sample keys: {_shown(result.suspects)}. Lower optimizer.lora_lr and projector_lr, or look at these "
-                "samples with `llara-dist shards inspect`"
+                f"Sample keys: {_shown(result.suspects)}. Lower optimizer.lora_lr and projector_lr, or reproduce the "
+                f"step: {self._command(step)}"
             )
+
+    def _command(self, step: Step) -> str:
+        return f"llara-dist debug --run {shlex.quote(str(self._path.parent))} --step {step.index} --rank all"
 
     def _is_spike(self, loss: float) -> bool:
         if not self._settings.spike_deviations or len(self._losses) < LEAST:
@@ -74,7 +78,7 @@ class Faults:
     def _tell(self, kind: str, step: Step, keys: Sequence[int], message: str, loss: float) -> None:
         if not self._enabled:
             return
-        say(f"step {step.index}: {kind}: {message}; sample keys {_shown(keys)}")
+        say(f"step {step.index}: {kind}: {message}; sample keys {_shown(keys)}; reproduce it: {self._command(step)}")
         event: dict[str, Any] = {"time": time.time(), "kind": kind, "step": step.index, "loss": repr(loss)}
         with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:  # it was said all the same
             file.write(json.dumps(event | {"keys": list(keys), "message": message}) + "\n")
