@@ -124,6 +124,11 @@ COMMANDS = {
         "llara-dist preflight --config launch/configs/movielens.yaml --model.path llm --data.shards "
         "shards/out/movielens --recommender.path recommenders/sasrec --out runs/movielens --ranks 8",
     ),
+    "debug": Command(
+        "llara_dist.replay.command:debug",
+        "one step of a run again, in one process without a cluster: the batch, dropout and weights that a rank had",
+        "llara-dist debug --run runs/movielens --step 1234 --rank 17",
+    ),
     "evaluate": Command(
         "llara_dist.evaluation.evaluate:evaluate",
         "generate answers and rank candidates: HitRatio@1, valid ratio, HR@k, NDCG@k, with intervals",

@@ -1,0 +1,1 @@
+"""A step of a cluster run computed again, in one process."""
