@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,8 +190,8 @@ def advance(replay: WorldReplay, step: int, past: Past, layout: Layout) -> list[
     seconds = sum(past.rows[number]["step_s"] for number in range(first, step) if number in past.rows)
     say(
         f"weights of {weights}: {step - first} steps of {layout.world_size} ranks are done again, one rank after the "
-        f"other; the ranks' own time adds up to {seconds * layout.world_size / 60:.1f} minutes "
-        "(--from_checkpoint_only leaves them out)"
+        f"other; the ranks' own time adds up to {timedelta(seconds=round(seconds * layout.world_size))} "
+        "(--from_checkpoint_only true leaves them out)"
     )
     return replay.advance(step)
 

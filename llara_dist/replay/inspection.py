@@ -100,13 +100,15 @@ def inspect_microbatch(
         losses = F.cross_entropy(model.answer_logits(on_device), on_device.labels, reduction="none")
         sums = losses.new_zeros(len(batch.keys)).index_add(0, on_device.sample_of_label, losses)
         norms: list[float | None] = [None] * len(batch.keys)
-        problem = f"output of {outputs[0]}" if outputs else ""
-        if per_sample:
-            for number, own in enumerate(sums):
-                gradients, wrong = _gradients(own / step_answer_tokens, parameters, retain=True)
-                norms[number], problem = _norm(gradients), problem or wrong
-        gradients, wrong = _gradients(losses.sum() / step_answer_tokens, parameters)
-        problem = problem or wrong
+        gradients, problem = None, f"output of {outputs[0]}" if outputs else ""
+        if not problem and not bool(losses.isfinite().all()):
+            problem = "the loss"
+        if not problem:
+            for number, own in enumerate(sums if per_sample else ()):
+                of_sample, wrong = _gradients(own / step_answer_tokens, parameters, retain=True)
+                norms[number], problem = _norm(of_sample), problem or wrong
+            gradients, wrong = _gradients(losses.sum() / step_answer_tokens, parameters)
+            problem = problem or wrong
     samples = _samples(batch, place, sums.detach().tolist(), norms if per_sample else None)
     result = MicrobatchResult(
         rank=place[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def show_occurrences(run: Path, key: int, found: Sequence[Occurrence], last_logg
         rows.append([each.step, each.epoch, each.pass_index, each.rank, each.microbatch, each.form, when])
     table(f"sample {key} in {run}", columns, rows)
     if found:
-        say(f"look at it: llara-dist debug --run {run} --step {found[0].step} --rank {found[0].rank}")
+        say(f"look at it: llara-dist debug --run {shlex.quote(str(run))} --step {found[0].step} --rank {found[0].rank}")
 
 
 def show_and_write(folder: Path, report: dict[str, Any], found: StepInspection, step: Step, tokenizer: object) -> None:

@@ -118,8 +118,9 @@ class WorldReplay:
                 self.model, parameters, batch, place, step.answer_tokens, self.device, per_sample
             )
             results.append(result)
-            for whole, part in zip(total, gradients or (), strict=gradients is not None):
-                whole.add_(part)
+            if gradients is not None:
+                for whole, part in zip(total, gradients, strict=True):
+                    whole.add_(part)
         sums = [result.loss_sum for result in results]
         norms = [result.grad_norm for result in results]
         loss = None if None in sums else sum(value for value in sums if value is not None) / step.answer_tokens

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llara_dist.cli import main
 from llara_dist.config import CheckpointConfig, LoraConfig
+from llara_dist.integrity import sha256_file
 from llara_dist.replay.command import debug
 from llara_dist.supervision.restarts import STARTS, read_starts
+from llara_dist.training.checkpoints.checkpoint import ADAPTER, MARKER
 from llara_dist.training.metrics_log import read_metrics
 from tests.distributed.ranks import run_ranks
 from tests.distributed.replays import train_and_keep_batches
@@ -32,7 +34,11 @@ class Past:
     """A run of two ranks, then one, with dropout; and what its ranks had."""
 
     out: Path
-    kept: Path
+    folder: Path
+
+    def kept(self, step: int) -> Path:
+        """Where the ranks of the start that logged a step kept what they had."""
+        return self.folder / ("kept-two" if step < CHANGED else "kept-one")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +49,15 @@ def past(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Past:
         lora=LoraConfig(dropout=0.1),
         checkpoint=CheckpointConfig(every_steps=3, keep_last=9),
     )
-    run_ranks(train_and_keep_batches, 2, folder / "two", config, folder / "kept")
+    run_ranks(train_and_keep_batches, 2, folder / "two", config, folder / "kept-two")
     # As if the job had ended there.
     shutil.rmtree(folder / "run" / "checkpoints" / f"step-{STEPS:08d}")
     again = dataclasses.replace(
         config, resume="auto", data=dataclasses.replace(config.data, max_tokens_per_microbatch=700)
     )
-    run_ranks(train_and_keep_batches, 1, folder / "one", again, folder / "kept")
+    run_ranks(train_and_keep_batches, 1, folder / "one", again, folder / "kept-one")
     assert [(start.first_step, start.nodes) for start in read_starts(folder / "run")] == [(0, (2,)), (CHANGED, (1,))]
-    return Past(folder / "run", folder / "kept")
+    return Past(folder / "run", folder)
 
 
 def logged(past: Past, step: int) -> dict[str, Any]:
@@ -60,11 +66,11 @@ def logged(past: Past, step: int) -> dict[str, Any]:
 
 def same_as_kept(past: Past, report: dict[str, Any], step: int, rank: int) -> None:
     """The report's batches and losses are those that the rank had."""
-    losses = json.loads((past.kept / f"step-{step}-rank-{rank}.json").read_text())
+    losses = json.loads((past.kept(step) / f"step-{step}-rank-{rank}.json").read_text())
     mine = [each for each in report["microbatches"] if each["rank"] == rank]
     assert len(mine) == len(losses)
     for turn, (each, loss) in enumerate(zip(mine, losses, strict=True)):
-        theirs = load_file(past.kept / f"step-{step}-rank-{rank}-{turn}.safetensors")
+        theirs = load_file(past.kept(step) / f"step-{step}-rank-{rank}-{turn}.safetensors")
         ours = load_file(Path(report["folder"]) / f"rank-{rank:05d}-{turn:03d}.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -147,6 +153,13 @@ def test_where_a_sample_occurs(past: Past) -> None:
     found = debug(past.out, sample=sample["key"])["occurrences"]
     (here,) = [each for each in found if each["step"] == 4]
     assert (here["rank"], here["microbatch"], here["form"]) == (1, 0, sample["form"])
+    done = {(each["step"], each["rank"], each["microbatch"]) for each in found if each["step"] < STEPS}
+    had = set()
+    for step in range(STEPS):
+        for path in past.kept(step).glob(f"step-{step}-*.safetensors"):
+            if sample["key"] in load_file(path)["keys"].tolist():
+                had.add(tuple(int(part) for part in re.findall(r"\d+", path.stem)))
+    assert done == had
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -239,6 +252,26 @@ def test_a_run_of_before_starts_told_their_ranks(past: Past, tmp_path: Path) -> 
     assert report["checkpoint"] is None
     assert report["nodes"] == [2]
     assert report["loss"] == pytest.approx(logged(past, 4)["loss"], rel=1e-5)
+
+
+def test_weights_that_are_not_finite_are_named(past: Past, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(past.out, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-00000003"
+    adapter = load_file(checkpoint / ADAPTER)
+    name = next(name for name in adapter if "layers.1.self_attn.v_proj.lora_B" in name)
+    save_file(adapter | {name: adapter[name].fill_(torch.inf)}, checkpoint / ADAPTER)
+    marker = json.loads((checkpoint / MARKER).read_text())
+    marker["sha256"][ADAPTER] = sha256_file(checkpoint / ADAPTER)
+    (checkpoint / MARKER).write_text(json.dumps(marker))
+    main(["debug", "--run", str(run), "--step", "3", "--rank", "all", "--json"])
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert report["loss"] is None
+    assert report["grad_norm"] is None
+    assert all("layers.1.self_attn.v_proj" in each["problem"] for each in report["microbatches"])
+    assert "NaN" not in out.splitlines()[-1]
+    # Step 4 begins with step 3, in which nothing can be updated.
+    assert debug(run, step=4)["replayed"]["skipped"] == [3]
 
 
 def test_the_command_shows_samples_and_ends_with_json(past: Past, capsys: pytest.CaptureFixture[str]) -> None:

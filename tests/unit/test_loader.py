@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -236,3 +236,15 @@ def test_interrupting_ends_the_workers_too(folder, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert b"KeyboardInterrupt" in errors
+
+
+@pytest.mark.parametrize("nodes", [(1,), (3,), (2, 2), (1, 3, 2)])
+def test_one_process_makes_what_all_ranks_make(shards, nodes):
+    ranks = range(sum(nodes))
+    for index in (0, 3, plan_of(shards).num_steps - 1):
+        parts = [loader(shards, rank=rank, world_size=len(ranks), nodes=nodes).maker.make(index) for rank in ranks]
+        whole = loader(shards, rank=0, world_size=len(ranks), nodes=nodes).maker.make_whole(index)
+        together = [batch for part in parts for batch in part.microbatches]
+        assert whole.places == [(rank, turn) for rank in ranks for turn in range(len(parts[0].microbatches))]
+        assert whole.places == [place for part in parts for place in part.places]
+        assert_same(replace(whole, places=[]), replace(parts[0], microbatches=together, places=[]))
