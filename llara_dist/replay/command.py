@@ -87,7 +87,7 @@ def debug(
     chosen = choose(replay, step, layout, rank, micro_batch)
     show_shares(step, inputs.total_steps, layout, shared, replay.curriculum.probability(step))
     warn_of_device(inputs.checkpoint, on)
-    replayed = [] if from_checkpoint_only else advance(replay, step, past, layout)
+    replayed = advance(replay, replay.first_step if from_checkpoint_only else step, step, past, layout)
     found = replay.inspect(chosen, per_sample_gradients)
     report = {
         "run": str(past.run),
@@ -179,21 +179,29 @@ def warn_of_device(checkpoint: Checkpoint | None, device: torch.device) -> None:
         warn(f"the run computed on {', '.join(others)}, this process on {name}: rounding, and dropout, may differ")
 
 
-def advance(replay: WorldReplay, step: int, past: Past, layout: Layout) -> list[StepResult]:
-    """Do the steps between the checkpoint and the wanted one, and say before what that takes."""
+def advance(replay: WorldReplay, last: int, step: int, past: Past, layout: Layout) -> list[StepResult]:
+    """Do the steps between the checkpoint and `last` again, and say before which weights these are and what it takes.
+
+    Args:
+        replay: stands at its checkpoint.
+        last: the step to stand at then; not after its checkpoint: nothing is done.
+        step: that is wanted.
+        past: of the run.
+        layout: of the step.
+    """
     first, source = replay.first_step, replay.inputs.checkpoint
-    weights = "the initial weights" if source is None else f"{source.path.name}"
-    if first >= step:
-        after = "" if first == step else f", which lies {first - step} steps after step {step}"
-        say(f"weights of {weights}{after}")
+    name = "the initial weights" if source is None else source.path.name
+    if first >= last:
+        which = "" if first == step else f": those of step {first}, not of step {step}"
+        say(f"weights: {name}{which}")
         return []
-    seconds = sum(past.rows[number]["step_s"] for number in range(first, step) if number in past.rows)
+    seconds = sum(past.rows[number]["step_s"] for number in range(first, last) if number in past.rows)
     say(
-        f"weights of {weights}: {step - first} steps of {layout.world_size} ranks are done again, one rank after the "
-        f"other; the ranks' own time adds up to {timedelta(seconds=round(seconds * layout.world_size))} "
+        f"weights: {name}; steps to be done again: {last - first}, {layout.world_size} ranks one after the other; "
+        f"their own time adds up to {timedelta(seconds=round(seconds * layout.world_size))} "
         "(--from_checkpoint_only true leaves them out)"
     )
-    return replay.advance(step)
+    return replay.advance(last)
 
 
 def compare(replayed: list[StepResult], first_step: int, past: Past) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def compare(replayed: list[StepResult], first_step: int, past: Past) -> dict[str
     skipped = [number for number, result in numbered.items() if result.skipped]
     found = {"steps": len(replayed), "skipped": skipped, "largest_difference": max(apart, default=None)}
     if apart:
-        say(f"{len(replayed)} steps done again; their losses differ from the logged ones by {max(apart):.1e} at most")
+        say(f"steps done again: {len(replayed)}; losses differ from the logged ones by {max(apart):.1e} at most")
     return found
 
 

@@ -57,18 +57,18 @@ def show_shares(step: int, total_steps: int, layout: Layout, shared: SharedStep,
         f"step {step} of {total_steps}: {len(info.keys)} samples, p {probability:.3f}, {layout.world_size} ranks, "
         f"{layout.max_tokens_per_microbatch} tokens a micro-batch (by {layout.known_from})"
     )
-    table(title, ["rank", "micro-batches", "samples", "hybrid", "tokens", "answer tokens"], listed)
+    table(title, ["rank", "micro-batches", "samples", "hybrid", "tokens", "labels"], listed)
     if len(listed) < len(rows):
         say(f"{len(listed)} of {len(rows)} ranks: those with the least and the most tokens")
 
 
 def show_occurrences(run: Path, key: int, found: Sequence[Occurrence], last_logged: int) -> None:
     """In which steps a sample occurs, and how to look at one of them."""
-    columns = ["step", "epoch", "pass", "rank", "micro-batch", "form", ""]
+    columns = ["step", "epoch", "pass", "rank/micro", "form", ""]
     rows = []
     for each in found:
         when = "" if each.step <= last_logged else "not logged yet"
-        rows.append([each.step, each.epoch, each.pass_index, each.rank, each.microbatch, each.form, when])
+        rows.append([each.step, each.epoch, each.pass_index, f"{each.rank}/{each.microbatch}", each.form, when])
     table(f"sample {key} in {run}", columns, rows)
     if found:
         say(f"look at it: llara-dist debug --run {shlex.quote(str(run))} --step {found[0].step} --rank {found[0].rank}")
@@ -115,20 +115,21 @@ def by_loss(samples: Iterable[SampleResult]) -> list[SampleResult]:
 def _show_microbatches(results: Sequence[MicrobatchResult]) -> None:
     rows = []
     for each in results:
+        sizes = (len(each.samples), each.tokens, each.answer_tokens)
         numbers = (_number(_per_token(each)), _number(each.grad_norm), each.problem or "yes")
-        rows.append([each.rank, each.microbatch, len(each.samples), each.tokens, each.answer_tokens, *numbers])
-    columns = ["rank", "micro-batch", "samples", "tokens", "answer tokens", "loss", "gradient norm", "finite"]
-    table("micro-batches; a gradient is the part that goes into the step's", columns, rows)
+        rows.append([f"{each.rank}/{each.microbatch}", *sizes, *numbers])
+    columns = ["rank/micro", "samples", "tokens", "labels", "loss", "gradient", "finite"]
+    table("micro-batches; gradient: the norm of its part of the step's", columns, rows)
 
 
 def _show_samples(samples: Sequence[SampleResult]) -> None:
+    with_gradients = any(each.grad_norm is not None for each in samples)
     rows = []
     for each in samples[:SAMPLES]:
         sizes = (each.form, each.tokens, each.slots, each.answer_tokens)
-        gradient = "" if each.grad_norm is None else _number(each.grad_norm)
-        finite = "yes" if each.is_finite else "NO"
-        rows.append([each.rank, each.microbatch, each.key, *sizes, _number(each.loss), gradient, finite])
-    columns = ["rank", "micro-batch", "key", "form", "tokens", "slots", "answer tokens", "loss", "gradient", "finite"]
+        row = [f"{each.rank}/{each.microbatch}", each.key, *sizes, _number(each.loss)]
+        rows.append([*row, _number(each.grad_norm)] if with_gradients else row)
+    columns = ["rank/micro", "key", "form", "tokens", "slots", "labels", "loss", *["gradient"] * with_gradients]
     title = "samples by loss" + (f", the first {SAMPLES} of {len(samples)}" if len(samples) > SAMPLES else "")
     table(title, columns, rows)
 
@@ -151,4 +152,4 @@ def _per_token(result: MicrobatchResult) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.6g}"
+    return "not finite" if value is None else f"{value:.5g}"
