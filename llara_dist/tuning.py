@@ -12,6 +12,7 @@ from llara_dist.distributed import World
 from llara_dist.errors import InputError, RequeueError, RunFailedError
 from llara_dist.evaluation.validation import open_validator
 from llara_dist.supervision.progress import Phase
+from llara_dist.supervision.rank_logs import RankLog
 from llara_dist.supervision.rank_status import RankStatus
 from llara_dist.supervision.restarts import may_requeue, record_start
 from llara_dist.supervision.run_lock import hold_run
@@ -44,6 +45,12 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
         RunFailedError: too many steps were not finite, or requeueing leads nowhere.
     """
     world = distributed.read_world()
+    with RankLog(world) as log:
+        return tune(config, debug, profile, world, log)
+
+
+def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankLog) -> dict[str, Any]:
+    """What `train` does; `log` keeps what this rank prints."""
     if debug:
         config = fit_device(shrink(config, world), DEBUG_BYTES)
         check_folder(config.out)
@@ -62,6 +69,7 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
             hold_run(config.out, faults.heartbeat_s, world) as held,
             RankMonitor(config.out, status, world, held.token, faults.heartbeat_s, faults.hang_timeout_s),
         ):
+            log.begin(config.out, distributed.read_job())
             status.enter(Phase.LOADING)
             inputs = reopened(config, inputs, world)
             debugger = Debugger(config, device) if debug else None

@@ -21,6 +21,7 @@ from typing import Self
 
 from llara_dist.distributed import World
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError, RequeueError, RunFailedError
+from llara_dist.supervision import rank_logs
 from llara_dist.supervision.diagnosis import Diagnosis
 from llara_dist.supervision.heartbeat import Heartbeat, create_exclusively, replace_text, silence_s
 from llara_dist.supervision.process_identity import this_process
@@ -236,6 +237,7 @@ class RankMonitor:
             text = text or f"no progress in {self.status.progress.place}, and no rank reported why"
             with contextlib.suppress(OSError):
                 os.write(2, f"rank {self._world.rank} stops: {text}\n".encode())
+                rank_logs.drain()
             os._exit(EXIT_RANK_LOST)
 
     def _write_stacks(self, error: BaseException | None = None) -> None:
