@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llara_dist.training.checkpoints.writer import newest_step
 from llara_dist.training.debug import Debugger, check_folder, shrink
 from llara_dist.training.fit_device import DEBUG_BYTES, fit_device
 from llara_dist.training.loop import train_loop
+from llara_dist.training.memory import peak_memory_mib
 from llara_dist.training.preflight.examine import Inputs, check_out, open_inputs
 from llara_dist.training.run import open_run
 
@@ -76,6 +78,7 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
             validator = open_validator(config, world, status.touch, stop_requested)
             run = open_run(config, inputs, world, device, validator, held.check)
             run.engine.phases.watcher = status.enter
+            status.total_steps, status.memory = run.total_steps, partial(peak_memory_mib, device)
             if world.is_main:
                 maker = run.loader.maker
                 tokens = maker.max_tokens_per_microbatch

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llara_dist.supervision.heartbeat import replace_text
 from llara_dist.supervision.process_identity import ProcessIdentity
 from llara_dist.supervision.progress import KEYS_SHOWN, Phase, Progress
 from llara_dist.supervision.shared_place import SharedPlace
+from llara_dist.supervision.step_clock import StepClock, StepCost
 
 RANKS = "ranks"
 WRITES_PER_S = 100.0
@@ -30,10 +31,18 @@ class RankStatus:
     """This rank's progress, set by the main thread, read by the thread that reports it.
 
     Setting it is one assignment of an immutable value and a few words of memory: no lock, no system call.
+
+    Attributes:
+        total_steps: T; 0 while it is not known.
+        memory: tells the MiB that this process needed at most, on its device; called by the reporting thread. None
+            while nobody can tell.
     """
 
     def __init__(self) -> None:
+        self.total_steps = 0
+        self.memory: Callable[[], float] | None = None
         self._state = (Progress(), 0, time.monotonic())
+        self._clock = StepClock()
         self._shared: SharedPlace | None = None
 
     def share(self, place: SharedPlace | None) -> None:
@@ -53,8 +62,9 @@ class RankStatus:
         """
         known = tuple(keys)
         shown = tuple(int(key) for key in known[:KEYS_SHOWN])
-        progress = Progress(phase, step, microbatch, shown, len(known))
-        self._state = (progress, self._state[1] + 1, time.monotonic())
+        progress, now = Progress(phase, step, microbatch, shown, len(known)), time.monotonic()
+        self._state = (progress, self._state[1] + 1, now)
+        self._clock.enter(phase, now, len(known))
         if self._shared is not None:
             self._shared.write(progress)
 
@@ -67,6 +77,11 @@ class RankStatus:
     def progress(self) -> Progress:
         """Where the rank stands."""
         return self._state[0]
+
+    @property
+    def cost(self) -> StepCost | None:
+        """What the steps cost lately; None before the first one has ended."""
+        return self._clock.cost
 
     def read(self) -> tuple[Progress, int, float]:
         """Where the rank stands, how often that changed, and seconds since it last did; all of one moment."""
@@ -91,6 +106,9 @@ class RankRecord:
         in_collective: whether a thread stands in a collective, as seen once it is without progress for a heartbeat.
         ended: None while it works, "" once it ended in order, STOPPED, KILLED, else the error that ended it.
         written_at: local time with zone, for people.
+        total_steps: T; 0 = not known yet.
+        cost: of a step on this rank; None before the first one has ended.
+        memory_mib: what the process needed at most, on its device; None = not known yet.
     """
 
     token: str
@@ -105,6 +123,9 @@ class RankRecord:
     in_collective: bool
     ended: str | None
     written_at: str
+    total_steps: int = 0
+    cost: StepCost | None = None
+    memory_mib: float | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -134,7 +155,13 @@ def parse_status(text: str) -> RankRecord | None:
         progress = values.pop("progress")
         phase, keys = Phase(progress.pop("phase")), tuple(progress.pop("keys"))
         process = ProcessIdentity(**values.pop("process"))
-        return RankRecord(**values, process=process, progress=Progress(**progress, phase=phase, keys=keys))
+        cost = values.pop("cost", None)
+        return RankRecord(
+            **values,
+            process=process,
+            progress=Progress(**progress, phase=phase, keys=keys),
+            cost=None if cost is None else StepCost(**cost),
+        )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

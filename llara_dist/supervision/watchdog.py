@@ -93,6 +93,7 @@ class RankMonitor:
         self._silence_s = silence_s(self._interval_s)
         self._process = this_process()
         self._beats = self._writes = 0
+        self._memory_mib: float | None = None
         self._leaving = False
         self._neighbour_seen: tuple[int, float] | None = None
         self._entered_at = time.monotonic()
@@ -169,6 +170,9 @@ class RankMonitor:
 
     def _record(self, ended: str | None = None) -> RankRecord:
         progress, changes, idle_s = self.status.read()
+        # Not of a thread that hangs: it may hold the lock that the answer needs.
+        if self.status.memory is not None and idle_s <= self._heartbeat_s:
+            self._memory_mib = round(self.status.memory(), 1)
         return RankRecord(
             token=self._token,
             rank=self._world.rank,
@@ -182,6 +186,9 @@ class RankMonitor:
             in_collective=idle_s > self._heartbeat_s and _is_in_collective(),
             ended=ended,
             written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            total_steps=self.status.total_steps,
+            cost=self.status.cost,
+            memory_mib=self._memory_mib,
         )
 
     def _write(self, ended: str | None = None) -> None:

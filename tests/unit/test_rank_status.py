@@ -32,6 +32,7 @@ from llara_dist.supervision.shared_place import (
     read_shared_place,
     remove_abandoned_places,
 )
+from llara_dist.supervision.step_clock import StepCost
 from llara_dist.training.phases import Phases
 from tests.runs import ROOT
 
@@ -170,3 +171,23 @@ os.kill(os.getpid(), signal.SIGKILL)
     finally:
         own.remove()
     assert ranks_of_this_host(token) == []
+
+
+def test_a_file_of_an_older_version_is_read_and_a_newer_one_tells_what_steps_cost(tmp_path: Path) -> None:
+    new = a_record(total_steps=90, cost=StepCost(3, 0.5, 2.0, 0.25, 7.0), memory_mib=12.5)
+    assert parse_status(new.to_json()) == new
+    values = json.loads(new.to_json())
+    for name in ("total_steps", "cost", "memory_mib"):
+        del values[name]
+    assert parse_status(json.dumps(values)) == a_record()
+
+
+def test_steps_cost_is_told_by_the_phases() -> None:
+    status = RankStatus()
+    for phase in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.STEP):
+        status.enter(phase, 0, 0, range(5))
+    assert status.cost is None
+    status.enter(Phase.DATA, 1)
+    assert status.cost is not None
+    assert (status.cost.steps, status.cost.samples) == (1, 5.0)
+    assert status.cost.whole_s > 0
