@@ -129,6 +129,11 @@ COMMANDS = {
         "one step of a run again, in one process without a cluster: the batch, dropout and weights that a rank had",
         "llara-dist debug --run runs/movielens --step 1234 --rank 17",
     ),
+    "top": Command(
+        "llara_dist.watching.top:top",
+        "a run on the terminal, live: how far, how fast, and its ranks, the slow, stuck and silent ones first",
+        "llara-dist top runs/movielens",
+    ),
     "evaluate": Command(
         "llara_dist.evaluation.evaluate:evaluate",
         "generate answers and rank candidates: HitRatio@1, valid ratio, HR@k, NDCG@k, with intervals",
@@ -176,13 +181,18 @@ POSITIONAL = {
     "shards repair": "shards",
     "shards inspect": "shards",
     "download": "dataset",
+    "top": "run",
 }
 """Commands whose first argument may be given without its option's name; only --json may stand before it."""
 
 
+FLAGS = {"top": ("--once", "--all")}
+"""Options of a command that are true where no value follows."""
+
+
 def normalise(name: str, arguments: list[str]) -> list[str]:
-    """Accept --max-tokens for --max_tokens, and a bare first argument where a command has one."""
-    spelled = []
+    """Accept --max-tokens for --max_tokens, a bare first argument where a command has one, flags without a value."""
+    spelled: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
         spelled.append(
@@ -191,6 +201,9 @@ def normalise(name: str, arguments: list[str]) -> list[str]:
     first = next((place for place, argument in enumerate(spelled) if argument != "--json"), None)
     if name in POSITIONAL and first is not None and not spelled[first].startswith("-"):
         spelled.insert(first, f"--{POSITIONAL[name]}")
+    for place in reversed([place for place, argument in enumerate(spelled) if argument in FLAGS.get(name, ())]):
+        if spelled[place + 1 : place + 2] not in (["true"], ["false"]):
+            spelled.insert(place + 1, "true")
     return spelled
 
 

@@ -283,6 +283,23 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers of metrics.jsonl and validation.jsonl go as well; keys and addresses are the trackers' own.
+
+    Attributes:
+        tensorboard: event files in OUT/tensorboard.
+        wandb: a Weights & Biases project; "" = none. WANDB_MODE=offline writes to OUT/wandb only.
+        mlflow: an MLflow experiment at MLFLOW_TRACKING_URI; "" = none.
+        name: of the run there; "" = the name of its folder.
+    """
+
+    tensorboard: bool = True
+    wandb: str = ""
+    mlflow: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run.
 
@@ -297,13 +314,14 @@ class RunConfig:
         checkpoint: when to save.
         validation: when to validate, and when to stop early.
         faults: limits for steps that are skipped and ranks that hang.
+        tracking: where its numbers go beside its folder.
         deepspeed: a ds_config file: ZeRO stage, communication, precision; never batch size, optimizer or schedule; one
             of the checkout's own (ds_configs/zero1.json) is found from any folder.
         out: the run's folder.
         seed: of sample order, draws, dropout and initialisation.
         resume: no = start anew; auto = go on from the newest complete checkpoint under `out`, if any.
         device: auto = CUDA where there is one, else the CPU.
-        log_every_steps: optimizer steps between lines in metrics.jsonl and TensorBoard.
+        log_every_steps: optimizer steps between lines in metrics.jsonl and what `tracking` names.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -316,6 +334,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: Path = Path("ds_configs/zero0.json")
     out: Path = Path("runs/llara")
     seed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llara_dist import distributed
@@ -17,6 +18,7 @@ from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.profile import Profiler
 from llara_dist.training.run import Run
 from llara_dist.training.step_metrics import StepMetrics
+from llara_dist.training.trackers import open_trackers
 
 
 def train_loop(
@@ -45,7 +47,11 @@ def train_loop(
         say(f"{out}: all {run.total_steps} steps are done already")
     with (
         run.writer,
-        MetricsLog(out, run.first_step, run.total_steps, is_main, validated=run.validated) as log,
+        MetricsLog(
+            *(out, run.first_step, run.total_steps, is_main, run.validated),
+            tensorboard=run.config.tracking.tensorboard,
+            trackers=partial(open_trackers, run.config),
+        ) as log,
         Profiler(out, run.engine.device, enabled=profile and is_main) as profiler,
     ):
         return {"out": str(out), **run_steps(run, log, profiler, debugger, stop_requested, lost)}

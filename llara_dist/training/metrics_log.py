@@ -1,18 +1,22 @@
-"""What a run says of itself: metrics.jsonl, validation.jsonl, TensorBoard, a progress bar or plain lines."""
+"""What a run says of itself: metrics.jsonl, validation.jsonl, trackers, a progress bar or plain lines."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from llara_dist.console import say
 from llara_dist.integrity import write_file
+from llara_dist.training.pace import ROWS, Pace, progress_line
 from llara_dist.training.scores import ValidationScores
+from llara_dist.training.trackers import Background
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -30,6 +34,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _last_step(rows: list[dict[str, Any]]) -> int:
+    return max((row["step"] for row in rows), default=-1)
+
+
 class MetricsLog:
     """Rank 0's log of one run; other ranks hold one that does nothing.
 
@@ -39,38 +47,53 @@ class MetricsLog:
         total_steps: T.
         enabled: whether this process writes.
         validated: the last step whose validation this start does not repeat.
+        tensorboard: whether event files are written to OUT/tensorboard.
+        trackers: opens what else gets the rows, told up to which step of each kind earlier starts have logged them.
     """
 
-    def __init__(self, out: Path, first_step: int, total_steps: int, enabled: bool, validated: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        first_step: int,
+        total_steps: int,
+        enabled: bool,
+        validated: int = 0,
+        tensorboard: bool = True,
+        trackers: Callable[[Mapping[str, int]], Sequence[Background]] = lambda _: (),
+    ) -> None:
         self.enabled = enabled
         if not enabled:
             return
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._path = out / "metrics.jsonl"
-        kept = [row for row in read_metrics(self._path) if row["step"] < first_step]
-        write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._path, self._validations = out / "metrics.jsonl", out / "validation.jsonl"
+        rows, validations = read_metrics(self._path), read_metrics(self._validations)
+        write_file(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
-        self._validations = out / "validation.jsonl"
         if self._validations.exists():
-            done = [row for row in read_metrics(self._validations) if row["step"] <= validated]
+            done = [row for row in validations if row["step"] <= validated]
             write_file(self._validations, "".join(json.dumps(row) + "\n" for row in done))
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        handed_over = {"train": rows, "validation": validations}
+        self._trackers = trackers(
+            {kind: max((row["step"] for row in r), default=-1) for kind, r in handed_over.items()}
+        )
         self._complained = False
-        self._last_line = 0.0
+        self._recent: deque[dict[str, Any]] = deque(maxlen=ROWS)
+        self._last_line, self._unsaid = -math.inf, False
         self._total = total_steps
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
             from rich.table import Column
 
             self._bar = Progress(
                 MofNCompleteColumn(),
-                BarColumn(bar_width=10),
-                TimeRemainingColumn(),
-                # Wraps: every number is seen on a terminal of 80 columns as well.
-                TextColumn("{task.description}", table_column=Column(ratio=1)),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the text leaves; on 80 columns nothing
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 console=Console(stderr=True),
                 expand=True,
             )
@@ -78,42 +101,48 @@ class MetricsLog:
             self._bar.start()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log one step: a JSON line, TensorBoard scalars, and what a person sees.
+        """Log one step: a JSON line, trackers, and what a person sees.
 
         Args:
-            row: `step` and numbers by name.
+            row: `step` and numbers by name, as `step_metrics.py` makes it.
         """
         if not self.enabled:
             return
         with self._outliving_the_disk():
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(f"train/{name}", value, row["step"])
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        text = (
-            f"loss {loss}  p {row['p']:.3f} (realised {row['hybrid_share']:.3f})  lr {row['lora_lr']:.2e}  "
-            f"{row['samples_per_s']:.1f} samples/s  {row['tokens_per_s']:.0f} tokens/s  "
-            f"padding {row['padding_share']:.1%}  {row['memory_mib']:.0f} MiB"
-        )
+            self._track("train", row)
+        self._recent.append(row)
         if self._bar is not None:
+            text = progress_line(row, Pace.of(self._recent), self._total, short=True)
             self._bar.update(self._task, completed=row["step"] + 1, description=text)
-        elif time.monotonic() - self._last_line > 5 or row["step"] + 1 == self._total:
-            self._last_line = time.monotonic()
-            print(f"step {row['step'] + 1}/{self._total}  {text}", flush=True)
+            return
+        self._unsaid = True
+        if time.monotonic() - self._last_line > 5 or row["step"] + 1 == self._total:
+            self._say_progress()
+
+    def _say_progress(self) -> None:
+        self._last_line, self._unsaid = time.monotonic(), False
+        say(progress_line(self._recent[-1], Pace.of(self._recent), self._total))
+
+    def _track(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Hand a row to TensorBoard and the trackers."""
+        numbers = {name: v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.log(kind, row["step"], numbers)
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{kind}/{name}", float(value), row["step"])
 
     def write_validation(self, scores: ValidationScores, is_best: bool) -> None:
-        """Log one validation: a line of validation.jsonl, TensorBoard scalars, a line for people."""
+        """Log one validation: a line of validation.jsonl, trackers, a line for people."""
         if not self.enabled:
             return
         row = scores.to_dict() | {"best": is_best}
         with self._outliving_the_disk():
             with open(self._validations, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(f"validation/{name}", float(value), scores.step)
+            self._track("validation", row)
         valid = "" if scores.valid_ratio is None else f"  valid {scores.valid_ratio:.3f}"
         say(
             f"validation after step {scores.step}: HR@1 {scores.hit_ratio:.4f}{valid}  loss {scores.loss:.4f}  "
@@ -142,7 +171,12 @@ class MetricsLog:
             return
         if self._bar is not None:
             self._bar.stop()
+        elif self._unsaid:
+            self._say_progress()  # the run ends here, though steps may be left
         with self._outliving_the_disk():
             self._file.close()
-        with self._outliving_the_disk():
-            self._board.close()
+        if self._board is not None:
+            with self._outliving_the_disk():
+                self._board.close()
+        for tracker in self._trackers:
+            tracker.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llara_dist.training.metrics_log import MetricsLog, read_metrics
+from llara_dist.training.pace import Pace, compact, duration, progress_line
 from llara_dist.training.scores import ValidationScores
 
 ROW = {
@@ -15,10 +16,13 @@ ROW = {
     "p": 0.5,
     "hybrid_share": 0.5,
     "lora_lr": 1e-3,
-    "samples_per_s": 1.0,
-    "tokens_per_s": 9.0,
-    "padding_share": 0.0,
-    "memory_mib": 1.0,
+    "memory_mib": 2048.0,
+    "samples": 3,
+    "tokens": 100,
+    "mfu": None,
+    "data_wait_s": 0.1,
+    "step_s": 0.9,
+    "saving_s": 1.0,
 }
 
 
@@ -61,3 +65,58 @@ def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert said.count("the log cannot be written (No space left on device); the run goes on without") == 1
     assert "validation after step 2" in said
+
+
+def test_a_log_gets_a_line_now_and_then_and_always_the_first_and_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MetricsLog(tmp_path, 0, 900, enabled=True) as log:
+        for step in range(600):  # stopped before its end
+            log.write({"step": step, **ROW})
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "step 1/900  loss 1.0000  p 0.500  100 tokens/s  data wait 10.0%  2,048 MiB  ETA 0:29:58"
+    assert last.startswith("step 600/900  loss 1.0000  ")
+    with MetricsLog(tmp_path, 600, 900, enabled=True) as log:
+        log.write({"step": 899, **ROW})
+    assert capsys.readouterr().out.startswith("step 900/900  ")
+
+
+def test_a_line_for_a_terminal_fits_80_columns_with_its_count() -> None:
+    row = {"step": 12345, **ROW, "loss": 12.3456, "mfu": 0.5, "memory_mib": 70_000.0}
+    pace = Pace.of([row | {"tokens": 123_456}] * 2)
+    assert pace == Pace(3.0, 123_456.0, 0.1, 0.5, 2.0)
+    text = progress_line(row, pace, 20_000, short=True)
+    assert text == "loss 12.3456 p 0.500 123.5k tok/s wait 10.0% MFU 50% ETA 4:15:08 68.4G"
+    assert len("12346/20000 " + text.removesuffix(" 68.4G")) < 80
+    assert "not finite" in progress_line({**row, "loss": None}, pace, 20_000)
+
+
+def test_numbers_for_people() -> None:
+    assert [compact(number) for number in (7.4, 999, 1000, 24_130, 2.5e6)] == ["7", "999", "1.0k", "24.1k", "2.5M"]
+    assert [duration(seconds) for seconds in (0, 61.6, 93_839, 400_000)] == ["0:00:00", "0:01:02", "26:03:59", "4d 15h"]
+
+
+def test_rows_go_to_the_trackers_which_learn_what_earlier_starts_logged(tmp_path: Path) -> None:
+    calls: list[object] = []
+
+    class Recorder:
+        def log(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+            calls.append((kind, step, sorted(numbers)[:1]))
+
+        def close(self) -> None:
+            calls.append("closed")
+
+    def open_trackers(handed_over: object) -> list[Recorder]:
+        calls.append(handed_over)
+        return [Recorder()]
+
+    for first_step in (0, 2):
+        with MetricsLog(tmp_path, first_step, 9, True, 0, tensorboard=False, trackers=open_trackers) as log:
+            for step in range(first_step, 4):
+                log.write({"step": step, **ROW})
+            log.write_validation(scores(4), is_best=False)
+    steps = [("train", step, ["data_wait_s"]) for step in range(4)]
+    validation = ("validation", 4, ["best"])
+    assert calls[:7] == [{"train": -1, "validation": -1}, *steps, validation, "closed"]
+    assert calls[7:] == [{"train": 3, "validation": 4}, *steps[2:], validation, "closed"]
+    assert not (tmp_path / "tensorboard").exists()

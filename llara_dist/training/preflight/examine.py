@@ -37,6 +37,7 @@ from llara_dist.training.preflight.consistency import (
     check_zero_section,
 )
 from llara_dist.training.preflight.versions import check_versions, installed_versions
+from llara_dist.training.trackers import check_tracking
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,7 @@ def examine(config: RunConfig, world: World, local_ranks: int) -> tuple[Checklis
 
     plan = _examine_batch(checks, config, world, local_ranks, shards)
     total_steps = None if plan is None else min(plan.num_steps, config.data.max_steps or plan.num_steps)
+    checks.run("tracking", check_tracking, config.tracking)
     checks.run("output folder", check_out, config, passed=lambda _: str(config.out))
     checkpoint = None
     contract = checks.run("base model", contract_of, config, plan, item_table, total_steps, after=[weights])

@@ -1,0 +1,311 @@
+"""Weights & Biases and MLflow, where a run asks for them: the rows of metrics.jsonl and validation.jsonl, rank 0 only.
+
+Each tracker has a thread of its own that opens it, sends, and tries again: a server that is slow or away costs the
+steps nothing. What it is called and which run it is stays in OUT/tracking.json, so that a resumed run goes on in the
+same one; a step that was handed over before a restart is not handed over again. Keys, addresses and offline modes are
+the libraries' own environment (WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI, …): none of it is read or kept here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from llara_dist.config import RunConfig, TrackingConfig, to_dict
+from llara_dist.console import warn
+from llara_dist.errors import Finding, FindingsError
+from llara_dist.integrity import write_json
+
+STATE = "tracking.json"
+CLOSE_S = 10.0
+"""longest that the end of a run waits for a tracker"""
+_RETRY_S = 30.0
+_WAITING = 10_000
+_AT_ONCE = 40
+_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+_PRIVATE = re.compile(r"(?<=://)[^/@\s]+@|\?\S*")
+
+Row = tuple[int, dict[str, float]]
+"""(step, numbers by name)"""
+
+
+class Tracker(Protocol):
+    """An open run of a tracking service; its calls may block and raise whatever the library raises."""
+
+    def send(self, rows: list[Row]) -> None:
+        """Log rows, steps ascending."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        ...
+
+
+def check_tracking(settings: TrackingConfig) -> None:
+    """The packages of the trackers that are asked for are installed.
+
+    Raises:
+        FindingsError: one is not.
+    """
+    findings = [
+        Finding("tracking", f"tracking.{name}={wanted}: {name} is not installed", f"pip install {package}, or leave it")
+        for name, package in _PACKAGES.items()
+        if (wanted := getattr(settings, name)) and importlib.util.find_spec(name) is None
+    ]
+    if findings:
+        raise FindingsError(findings, "tracking")
+
+
+class Memory:
+    """OUT/tracking.json: by tracker, which run of which project it is, and up to which steps it was told.
+
+    Args:
+        out: the run's folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / STATE
+        self._lock = threading.Lock()
+        try:
+            self._values: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._values = {}
+
+    def of(self, name: str, project: str) -> dict[str, Any]:
+        """`project`, `id` and `told` of a tracker; the latter two empty where its project was another one."""
+        blank = {"project": project, "id": "", "told": {}}
+        known = self._values.get(name)
+        return blank | known if isinstance(known, dict) and known.get("project") == project else blank
+
+    def keep(self, name: str, values: dict[str, Any]) -> None:
+        """Remember, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._lock:
+            self._values[name] = values
+            write_json(self._path, self._values)
+
+
+class Background:
+    """Hands rows to a tracker from a thread, which opens it, and again after an outage; says once that there is one.
+
+    Args:
+        name: of the tracker, as messages say it.
+        begin: opens it.
+        told: by kind of row, the last step that it was told before this start.
+    """
+
+    def __init__(self, name: str, begin: Callable[[], Tracker], told: Mapping[str, int]) -> None:
+        self._name, self._begin, self._told = name, begin, dict(told)
+        self._rows: queue.Queue[Row | None] = queue.Queue(_WAITING)
+        self._lost = 0
+        self._closing = threading.Event()
+        self._complained = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def log(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Hand a row over, unless it was before a restart; never waits.
+
+        Args:
+            kind: train or validation; the names' prefix.
+            step: of the row.
+            numbers: by name.
+        """
+        if step <= self._told.get(kind, -1):
+            return
+        try:
+            self._rows.put_nowait((step, {f"{kind}/{name}": float(number) for name, number in numbers.items()}))
+        except queue.Full:
+            self._lost += 1
+
+    def close(self) -> None:
+        """Wait, for CLOSE_S at most, until everything is handed over."""
+        self._closing.set()
+        try:
+            self._rows.put_nowait(None)
+        except queue.Full:
+            self._lost += 1
+        self._thread.join(CLOSE_S)
+        lost = self._lost + self._rows.qsize()
+        if self._thread.is_alive() or lost:
+            warn(f"{self._name}: it did not take all of the run's rows in time; metrics.jsonl holds every one")
+
+    def _run(self) -> None:
+        tracker: Tracker | None = None
+        rows, ended = self._take()
+        while rows or not ended:
+            try:
+                tracker = tracker or self._begin()
+                tracker.send(rows)
+            except Exception as error:  # whatever a service's library raises, it is no reason to lose a run
+                self._complain(error)
+                if self._closing.wait(_RETRY_S):
+                    self._lost += len(rows)
+                    return
+                continue
+            rows, ended = ([], True) if ended else self._take()
+        if tracker is not None:
+            try:
+                tracker.close()
+            except Exception as error:
+                self._complain(error)
+
+    def _take(self) -> tuple[list[Row], bool]:
+        """Some rows, as soon as there are any, and whether they are the last."""
+        taken = [self._rows.get()]
+        while len(taken) < _AT_ONCE and not self._rows.empty():
+            taken.append(self._rows.get())
+        rows = [row for row in taken if row is not None]
+        return rows, len(rows) < len(taken)
+
+    def _complain(self, error: Exception) -> None:
+        if not self._complained:
+            reason = without_secrets(" ".join(str(error).split())[:300])
+            warn(f"{self._name}: {type(error).__name__}: {reason}; the run goes on, and it is tried again")
+        self._complained = True
+
+
+class WandbRun:
+    """A run of Weights & Biases; the library keeps what a server cannot take in OUT/wandb.
+
+    Args:
+        settings: project and name.
+        out: the run's folder.
+        run_id: the same for every start.
+        config: of the run, without secrets.
+    """
+
+    def __init__(self, settings: TrackingConfig, out: Path, run_id: str, config: dict[str, Any]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports] (optional)
+
+        # Its console capture would take file descriptors 1 and 2 from the rank's log.
+        quiet = wandb.Settings(
+            console="off", silent=True, disable_git=True, disable_code=True, x_disable_meta=True, init_timeout=30
+        )
+        if hasattr(quiet, "finish_timeout"):
+            quiet.finish_timeout = CLOSE_S
+        self._run = wandb.init(
+            project=settings.wandb,
+            name=settings.name or out.name,
+            id=run_id,
+            resume="allow",
+            dir=str(out),
+            config=config,
+            settings=quiet,
+        )
+
+    def send(self, rows: list[Row]) -> None:
+        """Log rows; the library queues them."""
+        for step, numbers in rows:
+            self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+
+class MlflowRun:
+    """A run of an MLflow experiment.
+
+    Args:
+        settings: experiment and name.
+        out: the run's folder.
+        run_id: of an earlier start; "" = none.
+        config: of the run, without secrets.
+        keep: told the id of a new run.
+    """
+
+    def __init__(
+        self, settings: TrackingConfig, out: Path, run_id: str, config: dict[str, Any], keep: Callable[[str], None]
+    ) -> None:
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports] (optional)
+
+        self._client = MlflowClient()
+        if run_id:
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            experiment = self._client.get_experiment_by_name(settings.mlflow)
+            place = self._client.create_experiment(settings.mlflow) if experiment is None else experiment.experiment_id
+            run_id = self._client.create_run(place, run_name=settings.name or out.name).info.run_id
+            keep(run_id)
+            for name, value in _flat(config).items():
+                self._client.log_param(run_id, name, value)
+        self._run_id = run_id
+
+    def send(self, rows: list[Row]) -> None:
+        """Log rows in one request."""
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports] (optional)
+
+        now = round(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for step, numbers in rows for name, value in numbers.items()]
+        if metrics:
+            self._client.log_batch(self._run_id, metrics=metrics)
+
+    def close(self) -> None:
+        """Say that the run has ended."""
+        self._client.set_terminated(self._run_id)
+
+
+def open_trackers(config: RunConfig, handed_over: Mapping[str, int]) -> list[Background]:
+    """The trackers that a run asks for; opened in the background.
+
+    Args:
+        config: the run.
+        handed_over: by kind of row, the last step that the run's own log holds from earlier starts.
+    """
+    settings, out, public = config.tracking, config.out, without_secrets(to_dict(config))
+    memory = Memory(out)
+
+    def begin_wandb() -> Tracker:
+        known = memory.of("wandb", settings.wandb)
+        if not known["id"]:
+            memory.keep("wandb", known | {"id": secrets.token_hex(4)})
+        return WandbRun(settings, out, memory.of("wandb", settings.wandb)["id"], public)
+
+    def begin_mlflow() -> Tracker:
+        known = memory.of("mlflow", settings.mlflow)
+        return MlflowRun(settings, out, known["id"], public, lambda id: memory.keep("mlflow", known | {"id": id}))
+
+    asked: dict[str, tuple[str, Callable[[], Tracker]]] = {
+        "wandb": (settings.wandb, begin_wandb),
+        "mlflow": (settings.mlflow, begin_mlflow),
+    }
+    opened = []
+    for name, (project, begin) in asked.items():
+        if project:
+            known = memory.of(name, project)
+            # Of a run that was not tracked before, nothing was handed over.
+            told = {kind: max(step, known["told"].get(kind, -1)) for kind, step in handed_over.items() if known["told"]}
+            memory.keep(name, known | {"told": told or dict.fromkeys(handed_over, -1)})
+            opened.append(Background(name, begin, told))
+    return opened
+
+
+def without_secrets(value: Any) -> Any:
+    """The same value with user, password and query taken out of every URL in it."""
+    if isinstance(value, dict):
+        return {name: without_secrets(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(each) for each in value]
+    if isinstance(value, str) and "://" in value:
+        return _PRIVATE.sub("", value)
+    return value
+
+
+def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, str]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {f"{where}{name}": str(value)}
+    return flat
