@@ -56,7 +56,11 @@ def check_tracking(settings: TrackingConfig) -> None:
         FindingsError: one is not.
     """
     findings = [
-        Finding("tracking", f"tracking.{name}={wanted}: {name} is not installed", f"pip install {package}, or leave it")
+        Finding(
+            "tracking",
+            f"tracking.{name}={wanted}: {name} is not installed",
+            f"pip install {package}, or leave tracking.{name} empty",
+        )
         for name, package in _PACKAGES.items()
         if (wanted := getattr(settings, name)) and importlib.util.find_spec(name) is None
     ]
@@ -189,9 +193,10 @@ class WandbRun:
     def __init__(self, settings: TrackingConfig, out: Path, run_id: str, config: dict[str, Any]) -> None:
         import wandb  # pyright: ignore[reportMissingImports] (optional)
 
-        # Its console capture would take file descriptors 1 and 2 from the rank's log.
+        # Its console capture would take file descriptors 1 and 2 from the rank's log, its account of the machine holds
+        # the command line, and who leaves Python waits for an attempt to begin.
         quiet = wandb.Settings(
-            console="off", silent=True, disable_git=True, disable_code=True, x_disable_meta=True, init_timeout=30
+            console="off", silent=True, disable_git=True, disable_code=True, x_disable_meta=True, init_timeout=CLOSE_S
         )
         if hasattr(quiet, "finish_timeout"):
             quiet.finish_timeout = CLOSE_S
@@ -230,6 +235,7 @@ class MlflowRun:
         self, settings: TrackingConfig, out: Path, run_id: str, config: dict[str, Any], keep: Callable[[str], None]
     ) -> None:
         from mlflow import MlflowClient  # pyright: ignore[reportMissingImports] (optional)
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports] (optional)
 
         self._client = MlflowClient()
         if run_id:
@@ -239,8 +245,7 @@ class MlflowRun:
             place = self._client.create_experiment(settings.mlflow) if experiment is None else experiment.experiment_id
             run_id = self._client.create_run(place, run_name=settings.name or out.name).info.run_id
             keep(run_id)
-            for name, value in _flat(config).items():
-                self._client.log_param(run_id, name, value)
+            self._client.log_batch(run_id, params=[Param(name, value) for name, value in _flat(config).items()])
         self._run_id = run_id
 
     def send(self, rows: list[Row]) -> None:
