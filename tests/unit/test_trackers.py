@@ -185,6 +185,7 @@ def write(out: Path, first: int, end: int, logged: int, name: str, close_s: floa
 @pytest.mark.long
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
     address = f"sqlite:///{tmp_path}/mlflow.db"
     for first, end, logged in ((0, 8, -1), (5, 9, 7)):
         said = write(tmp_path / "run", first, end, logged, "mlflow", MLFLOW_TRACKING_URI=address)
