@@ -106,7 +106,7 @@ def test_a_run_is_watched_while_it_lives_and_after_a_rank_was_killed(inputs: Pat
         assert f" rank {rank} of 2 on " in logs[rank].splitlines()[0]
         assert f"python of rank {rank} at step 2\n" in logs[rank]
         assert f"python of rank {1 - rank}" not in logs[rank]
-        # The launcher got the same; at its very end the command says on stderr why it ended, which the log tells itself.
+        # The launcher got the same; at the very end the command says on stderr why, which the log tells by itself.
         for line in [*said.splitlines(), *errors.partition("error: ")[0].splitlines()]:
             assert line in logs[rank]
     assert "last words, past Python's buffers\n" in ended[1][1]
