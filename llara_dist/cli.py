@@ -34,6 +34,8 @@ class Command:
     function: str
     summary: str
     example: str
+    hands_on: tuple[str, ...] = ()
+    """Commands that it runs: the first of these words ends its own options, and is handed on with all that follows."""
 
 
 COMMANDS = {
@@ -117,6 +119,12 @@ COMMANDS = {
         "tune LoRA and projector with the curriculum; the same code runs under deepspeed, torchrun and srun",
         "llara-dist train --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
         "--recommender.path recommenders/sasrec --out runs/movielens",
+    ),
+    "launch": Command(
+        "llara_dist.cluster.ssh_launch:launch",
+        "train or evaluate on several hosts, over ssh, through DeepSpeed's launcher on each",
+        "llara-dist launch --hostfile hosts train --config launch/configs/movielens.yaml --resume auto",
+        hands_on=("train", "evaluate"),
     ),
     "preflight": Command(
         "llara_dist.training.preflight.examine:preflight",
@@ -229,6 +237,8 @@ def run_command(name: str, arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    own = next((place for place, word in enumerate(arguments) if word in command.hands_on), len(arguments))
+    arguments, handed_on = arguments[:own], arguments[own:]
     takes_run = "config" in inspect.signature(function).parameters
     if takes_run:
         # The run's own settings are the options; --config is a file of them.
@@ -238,7 +248,9 @@ def run_command(name: str, arguments: list[str]) -> None:
         parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
         parser.add_argument("--profile", action="store_true", help="torch profiler trace of three steps in OUT/profile")
     else:
-        parser.add_function_arguments(function, as_group=False, skip={"config"} if takes_run else None)
+        # What is no option: the run's settings, which are options of their own, and what is handed on.
+        no_options: set[str | int] = {*(["config"] if takes_run else []), *(["arguments"] if command.hands_on else [])}
+        parser.add_function_arguments(function, as_group=False, skip=no_options)
     try:
         values = parser.instantiate(parser.parse_args(normalise(name, arguments)))
     except ArgumentError as error:
@@ -249,6 +261,8 @@ def run_command(name: str, arguments: list[str]) -> None:
         given.pop("config")
         settings = {field.name: given.pop(field.name) for field in dataclasses.fields(RunConfig)}
         given["config"] = RunConfig(**settings)
+    if command.hands_on:
+        given["arguments"] = handed_on
     try:
         result = function(**given)
     except InputError as error:
