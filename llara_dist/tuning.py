@@ -42,7 +42,7 @@ def train(config: RunConfig, debug: bool = False, profile: bool = False) -> dict
 
     Raises:
         InputError: bad input, found before any weight is read wherever that is possible; another job has the run.
-        RequeueError: a rank got SIGTERM or SIGUSR1; a checkpoint is written, the run goes on when started again.
+        RequeueError: a rank got SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint is written, and it goes on when started again.
         RankLostError: another rank died or hung.
         RunFailedError: too many steps were not finite, or requeueing leads nowhere.
     """
@@ -58,7 +58,7 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
         check_folder(config.out)
     inputs = open_inputs(config, world)
     device = distributed.pick_device(config.device, world)
-    faults, status, signals = config.faults, RankStatus(), StopSignals()
+    faults, status, signals = config.faults, RankStatus(), StopSignals(speaks=world.is_main)
 
     def stop_requested() -> bool:
         return signals.requested is not None

@@ -37,6 +37,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy
 _PORTS = range(20000, 32000)  # below those that Linux gives to outgoing connections
 _OWN_CODES = (0, 1, EXIT_BAD_INPUT, EXIT_RANK_LOST, EXIT_REQUEUE)
 _LAST_OUTPUT_WITHIN_S = 10.0
+_SAVED_WITHIN_S = 600.0  # when the launcher is gone and nobody can press Ctrl-C again
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,10 @@ class NodeTask:
     Attributes:
         command: argument vector of DeepSpeed's launcher for one host.
         environment: variables, over those that ssh gave.
-        grace_s: when the connection is lost, how long the ranks may take to save and stop.
     """
 
     command: list[str]
     environment: dict[str, str]
-    grace_s: float
 
 
 def describe() -> NodeFacts:
@@ -178,12 +177,12 @@ def main() -> None:
     except OSError as error:
         print(f"{error.filename or sys.argv[0]}: {error.strerror or error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    threading.Thread(target=_obey, args=(sys.stdin, ranks, task.grace_s), daemon=True).start()
+    threading.Thread(target=_obey, args=(sys.stdin, ranks), daemon=True).start()
     code = ranks.wait()
     os._exit(code)  # an exit in order waits for the thread that reads requests
 
 
-def _obey(requests: Iterable[str], ranks: Ranks, grace_s: float) -> None:
+def _obey(requests: Iterable[str], ranks: Ranks) -> None:
     """Do what the launcher asks; when it is gone, stop, and after a while end at once."""
     for line in requests:
         if line.strip() == STOP:
@@ -191,7 +190,7 @@ def _obey(requests: Iterable[str], ranks: Ranks, grace_s: float) -> None:
         elif line.strip() == KILL:
             ranks.kill()
     ranks.stop()
-    timer = threading.Timer(grace_s, ranks.kill)
+    timer = threading.Timer(_SAVED_WITHIN_S, ranks.kill)
     timer.daemon = True
     timer.start()
 

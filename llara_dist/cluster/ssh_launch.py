@@ -55,7 +55,7 @@ def launch(
     env: str = "",
     ssh: str = "",
     alive_s: int = 15,
-    grace_s: float = 300.0,
+    grace_s: float = 120.0,
 ) -> None:
     """Run train or evaluate on the hosts of a hostfile, one rank a slot.
 
@@ -71,8 +71,7 @@ def launch(
         env: names of more variables to carry, separated by commas.
         ssh: more options of ssh, e.g. "-p 2222".
         alive_s: a host that does not answer ssh for three times so many seconds is lost.
-        grace_s: how long the other hosts may take to end by themselves after one has failed; also how long all may take
-            to save when the launcher is gone.
+        grace_s: how long the other hosts may take to end by themselves after one has failed.
 
     Raises:
         InputError: hostfile, options, a host that cannot be reached or differs from this one: nothing was started; or
@@ -92,7 +91,7 @@ def launch(
         *(f"ServerAliveCountMax={_LOST_AFTER}", "ControlPath=none"),  # a shared connection would not end with ours
     )
     command = ["ssh", "-T", *(word for option in options for word in ("-o", option)), *shlex.split(ssh)]
-    start = Start(arguments, carried(os.environ, env), master_addr, master_port, grace_s)
+    start = Start(arguments, carried(os.environ, env), master_addr, master_port)
     asyncio.run(_run(Connections(list(hosts), command, node_command(os.getcwd()), grace_s), hosts, start))
 
 
@@ -105,14 +104,12 @@ class Start:
         environment: variables.
         master_addr: "" = as found out.
         master_port: None = as found out.
-        grace_s: see `launch`.
     """
 
     arguments: list[str]
     environment: dict[str, str]
     master_addr: str
     master_port: int | None
-    grace_s: float
 
     def tasks(self, hosts: Mapping[str, Slots], facts: Mapping[str, NodeFacts]) -> dict[str, NodeTask]:
         """What each host runs.
@@ -129,7 +126,6 @@ class Start:
             host: NodeTask(
                 rank_command(hosts, place, address, port, self.arguments),
                 {**interface_of(facts[host]), **self.environment},
-                self.grace_s,
             )
             for place, host in enumerate(hosts)
         }
@@ -293,5 +289,5 @@ def outcome(codes: Mapping[str, int]) -> Exception | None:
     if EXIT_RANK_LOST in present:
         return RankLostError(f"{named(EXIT_RANK_LOST)}: a rank was lost, see above; start again with --resume auto")
     if EXIT_REQUEUE in present:
-        return RequeueError("stopped on request: start again with --resume auto to go on")
+        return RequeueError("on request: start again to go on, train with --resume auto")
     return None

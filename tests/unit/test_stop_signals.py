@@ -11,7 +11,7 @@ import textwrap
 import pytest
 
 from llara_dist.errors import EXIT_REQUEUE
-from llara_dist.supervision.stop_signals import STOP_SIGNALS, StopSignals
+from llara_dist.supervision.stop_signals import ONE_INTERRUPT_S, STOP_SIGNALS, StopSignals
 from tests.runs import ROOT
 
 
@@ -28,10 +28,20 @@ def test_the_first_signal_is_remembered_and_handlers_come_back(number: signal.Si
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 
-def test_an_interrupt_stays_one() -> None:
-    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+def test_an_interrupt_that_a_launcher_forwards_is_one_and_a_second_one_ends_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with StopSignals(speaks=True) as stop:
         os.kill(os.getpid(), signal.SIGINT)
-    assert stop.requested is None
+        now += ONE_INTERRUPT_S / 2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        assert capfd.readouterr().err.count("Ctrl-C again ends at once") == 1
+        now += ONE_INTERRUPT_S
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def run_signalled(code: str) -> subprocess.CompletedProcess[str]:
