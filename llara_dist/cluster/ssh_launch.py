@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import shlex
@@ -39,7 +40,7 @@ CARRIED = (
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
 """Variables whose names begin so travel to every host."""
-_PER_HOST = ("CUDA_VISIBLE_DEVICES", "LLARA_DIST_INIT_METHOD", "GLOO_SOCKET_IFNAME")
+_PER_HOST = ("CUDA_VISIBLE_DEVICES", "LLARA_DIST_INIT_METHOD")
 _LOST_AFTER = 3
 
 
@@ -90,7 +91,10 @@ def launch(
         *("BatchMode=yes", "ConnectTimeout=20", f"ServerAliveInterval={alive_s}"),
         *(f"ServerAliveCountMax={_LOST_AFTER}", "ControlPath=none"),  # a shared connection would not end with ours
     )
-    command = ["ssh", "-T", *(word for option in options for word in ("-o", option)), *shlex.split(ssh)]
+    try:
+        command = ["ssh", "-T", *(word for option in options for word in ("-o", option)), *shlex.split(ssh)]
+    except ValueError as error:
+        raise InputError(f"--ssh {ssh}: {error}; write words as for a shell") from None
     start = Start(arguments, carried(os.environ, env), master_addr, master_port)
     asyncio.run(_run(Connections(list(hosts), command, node_command(os.getcwd()), grace_s), hosts, start))
 
@@ -139,8 +143,9 @@ async def _run(connections: Connections, hosts: Mapping[str, Slots], start: Star
         nonlocal stopping, killed
         if not stopping:
             stopping = True
-            say("stopping: the ranks save first; Ctrl-C again ends them at once")
             connections.stop()
+            with contextlib.suppress(OSError):  # after SIGHUP there is nobody to read it
+                say("stopping: the ranks save first; Ctrl-C again ends them at once")
         elif number == signal.SIGINT:
             killed = True
             connections.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from llara_dist.cli import main
 from llara_dist.cluster.connections import SSH_FAILED
 from llara_dist.cluster.node import MARK, NodeFacts, NodeTask, code_hash, describe, exit_code
 from llara_dist.cluster.ssh_launch import (
@@ -138,6 +140,22 @@ def test_bad_options(tmp_path: Path) -> None:
         launch(hosts, [])
     with pytest.raises(InputError, match="--alive_s 0"):
         launch(hosts, ["train"], alive_s=0)
+    with pytest.raises(InputError, match=r"--ssh -i 'x: No closing quotation"):
+        launch(hosts, ["train"], ssh="-i 'x")
+
+
+def test_the_command_line_hands_on_what_follows_the_command_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict = {}
+
+    @functools.wraps(launch)
+    def record(**options: object) -> None:
+        given.update(options)
+
+    monkeypatch.setattr("llara_dist.cluster.ssh_launch.launch", record)
+    options = ["--hostfile", "hosts", "--num-nodes", "2", "--ssh", "-p 2222"]
+    main(["launch", *options, "train", "--out", "train", "--model.path", "--odd", "--include", "x"])
+    assert given["arguments"] == ["train", "--out", "train", "--model.path", "--odd", "--include", "x"]
+    assert (given["hostfile"], given["num_nodes"], given["ssh"], given["include"]) == (Path("hosts"), 2, "-p 2222", "")
 
 
 PRINT = """
