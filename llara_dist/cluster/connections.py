@@ -140,7 +140,7 @@ class Connections:
         for process in self._processes.values():
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
+                    process.kill()
 
 
 async def _pass_on(source: asyncio.StreamReader, prefix: str, target: IO[str]) -> None:

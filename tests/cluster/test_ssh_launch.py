@@ -328,6 +328,7 @@ def restore(cluster: Cluster, lost: Host) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.timeout(900)
 def test_elastic_torchrun_goes_on_exactly_after_a_rank_was_killed(cluster: Cluster) -> None:
     whole, cut = cluster.folder / "whole", cluster.folder / "elastic"
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -89,7 +89,7 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (1, signal.SIGINT)])
 def test_a_signal_on_any_rank_saves_within_a_step_and_asks_for_requeueing(
     start: Start, tmp_path: Path, ranks: int, number: signal.Signals
 ) -> None:
