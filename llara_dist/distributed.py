@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -103,6 +104,37 @@ def read_job(environment: Mapping[str, str] | None = None) -> Job:
     return Job(name=name, restart=int(restart), step=env.get("SLURM_STEP_ID", ""))
 
 
+PORTS_BEGIN, _JOBS, _RESTARTS, _STEPS = 12288, 1024, 8, 2
+"""Ports of Slurm jobs: above the system's services, below the ports that Linux hands out itself (from 32768)."""
+
+
+def slurm_master(environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """Where rank 0 of this job step listens: host and TCP port, the same for all its tasks; None outside of `srun`.
+
+    The port follows from the ids of job and step and the number of restarts: two jobs of which both run on a node
+    share none unless their ids are 1024 apart, nor do two steps that follow each other in one job, nor a job and what
+    may be left of its last seven starts.
+
+    Raises:
+        InputError: SLURM_JOB_ID or SLURM_RESTART_COUNT is no number.
+    """
+    env = os.environ if environment is None else environment
+    nodes, job = env.get("SLURM_STEP_NODELIST", ""), env.get("SLURM_JOB_ID", "")
+    step = env.get("SLURM_STEP_ID", "")
+    if not nodes or not step.isdecimal():
+        return None
+    if not job.isdecimal():
+        raise InputError(f"environment: SLURM_JOB_ID={job}: not a number; set MASTER_ADDR and MASTER_PORT yourself")
+    slot = read_job(env).restart % _RESTARTS + _RESTARTS * (int(step) % _STEPS)
+    return first_host(nodes), PORTS_BEGIN + int(job) % _JOBS * _RESTARTS * _STEPS + slot
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a list as Slurm writes it: gpu[003-007,9],x1 → gpu003."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
+
+
 def pick_device(wanted: str, world: World) -> torch.device:
     """The device of this rank: CUDA device `local_rank` where there is one (or asked for), else the CPU.
 
@@ -130,7 +162,7 @@ def initialise(world: World, device: torch.device, timeout_s: float = 1800.0, in
     """Join the process group: NCCL on CUDA, gloo on the CPU; DeepSpeed's communication layer sits on the same group.
 
     A world of one needs no rendezvous. `LLARA_DIST_INIT_METHOD` (e.g. file:///shared/rendezvous) replaces
-    MASTER_ADDR/MASTER_PORT; a file needs no free port.
+    MASTER_ADDR/MASTER_PORT; a file needs no free port. Under `srun` that set neither, they follow from the job.
     """
     import torch
     import torch.distributed
@@ -148,9 +180,12 @@ def initialise(world: World, device: torch.device, timeout_s: float = 1800.0, in
         elif method:
             arguments["init_method"] = method
         elif "MASTER_ADDR" not in os.environ:
-            raise InputError(
-                f"world of {world.size} ranks but MASTER_ADDR is not set: start through deepspeed, torchrun or srun"
-            )
+            master = slurm_master()
+            if master is None:
+                raise InputError(
+                    f"world of {world.size} ranks but MASTER_ADDR is not set: start through deepspeed, torchrun or srun"
+                )
+            arguments["init_method"] = f"tcp://{master[0]}:{master[1]}"
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **arguments)
     _join_deepspeed(device, timeout_s)
 
