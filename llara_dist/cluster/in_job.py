@@ -1,0 +1,290 @@
+"""What a batch script runs inside its job: a command over the job's tasks, started again by itself where that helps.
+
+usage: python -m llara_dist.cluster.in_job COMMAND [options], those of `llara-dist`
+
+`train` and `evaluate` run as every task of the job, any other command as one. A run that was told to stop (SIGUSR1
+before the time limit, pre-emption) or lost a rank is put back into the queue under the job's own id, without the node
+that failed; a user's scancel ends it, with its checkpoint. Exit codes are the run's.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import yaml
+
+from llara_dist.cluster.controller import Controller, ControllerError
+from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
+from llara_dist.cluster.requeues import (
+    IDLE_REQUEUES,
+    Requeue,
+    idle_requeues,
+    newest_step,
+    read_requeues,
+    record_requeue,
+)
+from llara_dist.cluster.site import Site, read_site
+from llara_dist.config import RunConfig
+from llara_dist.console import say
+from llara_dist.distributed import Job, read_job
+from llara_dist.errors import EXIT_BAD_INPUT, EXIT_RANK_LOST, EXIT_REQUEUE, InputError
+from llara_dist.supervision.rank_status import RANKS, read_statuses
+from llara_dist.supervision.restarts import read_starts
+from llara_dist.supervision.stop_signals import STOP_SIGNALS, ignore_stop_signals
+
+_ON_EVERY_TASK = frozenset({"train", "evaluate"})
+_LONGEST_LAST_SAVE_S = 900
+"""So long the first rank may go on alone, e.g. to write its last checkpoint, before srun ends it."""
+_LINGER_S = 60.0
+"""So long after the ranks' report of a lost one nothing may move before srun, which waits for a lost node, is ended."""
+_LOOK_S = 1.0
+
+Ending = Literal["done", "stopped", "lost", "failed"]
+
+
+def run_folder(command: Sequence[str]) -> Path:
+    """OUT of a `train` command: the last of its --out options and its configuration files that says so.
+
+    A file that cannot be read says nothing here; the command itself says what is wrong with it.
+    """
+    out = RunConfig.out
+    words = iter(command[1:])
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in ("--out", "--config"):
+            continue
+        value = value if equals else next(words, "")
+        if option == "--out":
+            out = Path(value)
+            continue
+        try:
+            settings = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(settings, dict) and "out" in settings:
+            out = Path(str(settings["out"]))
+    return out
+
+
+def resumable(command: Sequence[str], started: bool) -> list[str]:
+    """A `train` command that goes on from its checkpoints.
+
+    Args:
+        command: as given; what it says of --resume holds for the first start.
+        started: whether an earlier start of the same job did: the checkpoints are its own.
+    """
+    if command[0] != "train":
+        return list(command)
+    resume = ("--resume", "auto")
+    return [*command, *resume] if started else [command[0], *resume, *command[1:]]
+
+
+def step_command(command: Sequence[str], site: Site, environment: Mapping[str, str]) -> list[str]:
+    """srun's argument vector for a command of `llara-dist`; every word of it reaches the program unchanged.
+
+    Args:
+        command: its words.
+        site: set-up lines, container, interpreter, further options of srun.
+        environment: the job's.
+    """
+    # Exported whatever sbatch was told; a rank that ends badly is left to the others, who find out why and stop.
+    options = ["--export=ALL", "--kill-on-bad-exit=0", f"--wait={_LONGEST_LAST_SAVE_S}"]
+    if command[0] not in _ON_EVERY_TASK:
+        options += ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
+    if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05 a step does not inherit it: one core a rank
+        options.append(f"--cpus-per-task={environment['SLURM_CPUS_PER_TASK']}")
+    options += site.srun
+    if site.container.image:
+        options.append(f"--container-image={site.container.image}")
+    if site.container.mounts:
+        options.append(f"--container-mounts={','.join(site.container.mounts)}")
+    variables = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    script = "\n".join([*variables, *site.setup, 'exec "$@"'])
+    program = [*site.container.command, site.python, "-m", "llara_dist.cli", *command]
+    return ["srun", *options, "bash", "-c", script, "llara-dist", *program]
+
+
+def ending(code: int, asked: bool) -> Ending:
+    """What became of a run.
+
+    Args:
+        code: of srun: the highest of its tasks', 128 + n of one that signal n ended; negative: srun itself was killed.
+        asked: whether the tasks were told to stop: before they listen, that kills them.
+    """
+    if code == 0:
+        return "done"
+    if code == EXIT_REQUEUE or (asked and (code < 0 or code >= 128)):
+        return "stopped"
+    return "lost" if code == EXIT_RANK_LOST or code < 0 or code >= 128 else "failed"
+
+
+class Step:
+    """A command that runs over the job's tasks.
+
+    Attributes:
+        asked: whether the tasks were told to stop.
+
+    Args:
+        words: srun's argument vector.
+        out: of a run that listens to stop signals and watches its ranks; None = neither.
+    """
+
+    def __init__(self, words: Sequence[str], out: Path | None) -> None:
+        self.asked = False
+        self._out = out
+        self._reports = self._lost_reports()
+        self._moved: tuple[tuple[int, ...], float] = ((), time.monotonic())
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._forward)
+        self._srun = subprocess.Popen(words)
+
+    def wait(self) -> int:
+        """Wait until it has ended; returns srun's exit code, 70 where srun had to be ended.
+
+        srun waits for a node that died until Slurm calls it down, five minutes by default, while the ranks of the
+        other nodes have long found out and stopped.
+        """
+        while True:
+            try:
+                return self._srun.wait(_LOOK_S)
+            except subprocess.TimeoutExpired:
+                if self._is_stuck():
+                    break
+        say("llara-dist: a rank is lost and the others have stopped, but srun still waits for it; it is ended")
+        self._srun.terminate()
+        try:
+            self._srun.wait(_LINGER_S)
+        except subprocess.TimeoutExpired:
+            self._srun.kill()
+            self._srun.wait()
+        return EXIT_RANK_LOST
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        """Tell the ranks to save and stop; SIGUSR1 in any case, since on SIGTERM srun would end them instead."""
+        if self._out is not None:
+            self.asked = True
+            self._srun.send_signal(signal.SIGUSR1)
+
+    def _lost_reports(self) -> set[Path]:
+        return set() if self._out is None else set((self._out / RANKS).glob("lost-*.txt"))
+
+    def _is_stuck(self) -> bool:
+        """Whether ranks have reported a lost one, and none of them gave a sign of life since."""
+        if self._out is None or self._lost_reports() <= self._reports:
+            return False
+        seen = tuple(record.heartbeat for record in read_statuses(self._out))
+        if seen != self._moved[0]:
+            self._moved = (seen, time.monotonic())
+        return time.monotonic() - self._moved[1] > _LINGER_S
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code of the run."""
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not command:
+            raise InputError("in_job: no command; usage: python -m llara_dist.cluster.in_job COMMAND [options]")
+        job, site = read_job(), read_site()
+        if not job.name:
+            raise InputError("in_job: not inside a Slurm job (SLURM_JOB_ID is not set); start it through sbatch")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    out = run_folder(command) if command[0] == "train" else None
+    started = out is not None and any(start.job == job.name for start in read_starts(out))
+    words = step_command(resumable(command, started), site, os.environ)
+    try:
+        step = Step(words, out)
+    except OSError as error:
+        print(f"error: {words[0]}: {error.strerror}; start it inside a Slurm job", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    code = step.wait()
+    ended = ending(code, step.asked)
+    if ended == "lost" and code < 0:
+        code = EXIT_RANK_LOST
+    if out is not None and ended != "done":
+        ignore_stop_signals()  # Slurm sends them to a job that it requeues
+        try:
+            go_on(out, job, ended, Controller(os.environ["SLURM_JOB_ID"]))
+        except ControllerError as error:
+            say(f"llara-dist: not requeued: {error}")
+    return code
+
+
+def go_on(out: Path, job: Job, ended: Ending, controller: Controller) -> None:
+    """Put a run's job back into the queue where that helps.
+
+    Args:
+        out: the run's folder.
+        job: with this start's number.
+        ended: how the run did.
+        controller: of the job.
+
+    Raises:
+        ControllerError: Slurm refuses or does not answer.
+    """
+    status = controller.status()
+    nodes = controller.hosts(status.nodes)
+    records = records_of_start(out, job)
+    troubled = [node for node in nodes if node not in controller.usable(nodes=status.nodes)]
+    if ended == "failed" and (records or not troubled):
+        return  # it said why; a restart would find the same
+    if not status.is_ours:
+        say(f"llara-dist: not requeued: the job is being ended by Slurm or by a user ({status.state})")
+        return
+    if not status.requeue:
+        say("llara-dist: not requeued: the job was submitted with --no-requeue; submit it again to go on")
+        return
+    done = newest_step(out)
+    earlier = [requeue for requeue in read_requeues(out) if requeue.job == job.name]
+    idle = idle_requeues(earlier, done)
+    if idle >= IDLE_REQUEUES:
+        say(f"llara-dist: not requeued: {idle} requeues in a row found no checkpoint after step {done}")
+        return
+    blamed: list[str] = []
+    excluded: list[str] = []
+    before = controller.hosts(status.excluded)
+    if ended != "stopped":
+        at_fault = nodes_of(ranks_to_blame(records), records, nodes)
+        blamed = [node for node in nodes if node in at_fault or node in troubled]
+        usable = controller.usable(partition=status.partition)
+        ours = {node for requeue in earlier for node in requeue.excluded}
+        excluded = nodes_to_exclude(
+            [node for node in blamed if node not in controller.hosts(status.required)],
+            nodes,
+            usable - set(before),
+            ours,
+        )
+    why: Literal["stopped", "lost"] = "stopped" if ended == "stopped" else "lost"
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record_requeue(out, Requeue(job.name, job.restart, done, why, tuple(blamed), tuple(excluded), now))
+    say(f"llara-dist: requeued ({why}), safe up to step {done}{_about(blamed, excluded)}")
+    # Excluded afterwards: a running job cannot be changed so, and one that is held meanwhile would stay so if this
+    # process were killed in between. Slurm starts a requeued job minutes later at the earliest.
+    controller.requeue()
+    if excluded:
+        controller.exclude(",".join([*before, *excluded]))
+
+
+def _about(blamed: Sequence[str], excluded: Sequence[str]) -> str:
+    if not blamed:
+        return ""
+    kept = [node for node in blamed if node not in excluded]
+    return (
+        f"; ranks were lost on {', '.join(blamed)}"
+        + (f", excluded from now on: {', '.join(excluded)}" if excluded else "")
+        + (f", not excluded, since too few others would be left: {', '.join(kept)}" if kept else "")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
