@@ -44,7 +44,10 @@ def config(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recommender": {"path": str(inputs / "rec")},
         "data": {
             "shards": str(inputs / "shards"),
-            **{"epochs": 9, "max_steps": STEPS, "global_batch_samples": 7, "max_tokens_per_microbatch": 600},
+            "epochs": 9,
+            "max_steps": STEPS,
+            "global_batch_samples": 7,
+            "max_tokens_per_microbatch": 600,
             "workers": 0,
         },
         "lora": {"dropout": 0.0},
@@ -234,11 +237,11 @@ def test_ranks_meet_without_a_batch_script(
         "srun": ["srun", sys.executable, *train],
         "deepspeed": [
             *(str(Path(sys.executable).with_name("deepspeed")), "--launcher", "slurm", "--hostfile", str(hostfile)),
-            *("--launcher_args=-N2", *train),
+            *("--no_ssh_check", "--master_addr", "n1", "--launcher_args=-N2", *train),
         ],
     }[launcher]
     command = ["salloc", "--nodes=2", "--ntasks-per-node=1", *start]
-    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = slurm.command("bash", "-c", 'cd "$0" && exec "$@"', str(ROOT), *command, env=path, timeout_s=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((final(tmp_path / "run") / "state.json").read_text())["world_size"] == 2

@@ -1,0 +1,257 @@
+"""What runs inside a job, without Slurm: the step's command, what an end means, who is to blame, when to give up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llara_dist.cluster.controller import Controller, ControllerError, parse_status, seconds
+from llara_dist.cluster.in_job import ending, resumable, run_folder, step_command
+from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
+from llara_dist.cluster.requeues import Requeue, idle_requeues, newest_step, read_requeues, record_requeue
+from llara_dist.cluster.site import Container, Site
+from llara_dist.config import RunConfig
+from llara_dist.distributed import Job
+from llara_dist.supervision.process_identity import ProcessIdentity
+from llara_dist.supervision.progress import Phase, Progress
+from llara_dist.supervision.rank_status import KILLED, STOPPED, RankRecord, write_status
+from llara_dist.supervision.run_lock import LockRecord
+
+STATUS = """\
+JobId=7 JobName=a name with NodeList=x9 JobState=RUNNING
+   UserId=u(1000) GroupId=u(1000) MCS_label=N/A
+   JobState=COMPLETING Reason=None Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=1-02:00:01 TimeLimit=1-02:00:00 TimeMin=N/A
+   Partition=low AllocNode:Sid=head:0
+   ReqNodeList=(null) ExcNodeList=n9
+   NodeList=n[1-2]
+   BatchHost=n1
+   NumNodes=2-2 NumCPUs=2 NumTasks=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
+   Command=/home/u/my NodeList=n7 run.sbatch
+"""
+NODES = ("n1", "n2", "n3", "n4")
+
+
+def test_what_slurm_says_of_a_job() -> None:
+    status = parse_status(STATUS)
+    assert (status.state, status.partition, status.num_nodes, status.nodes) == ("COMPLETING", "low", 2, "n[1-2]")
+    assert (status.run_time_s, status.time_limit_s, status.requeue) == (93601, 93600, True)
+    assert (status.excluded, status.required) == ("n9", "")
+
+
+@pytest.mark.parametrize(
+    ("state", "run_time_s", "time_limit_s", "expected"),
+    [
+        ("RUNNING", 10, 60, True),
+        ("COMPLETING", 10, 60, False),  # scancel, or Slurm's own requeueing
+        ("COMPLETING", 60, 60, True),  # the time limit
+        ("COMPLETING", 60, None, False),
+        ("CANCELLED", 61, 60, False),
+        ("PENDING", 0, 60, False),
+    ],
+)
+def test_a_job_that_somebody_else_ends_is_left_alone(
+    state: str, run_time_s: float, time_limit_s: float | None, expected: bool
+) -> None:
+    status = dataclasses.replace(parse_status(STATUS), state=state, run_time_s=run_time_s, time_limit_s=time_limit_s)
+    assert status.is_ours == expected
+
+
+def test_slurms_times() -> None:
+    assert [seconds(text) for text in ("05", "01:05", "02:01:05", "1-00:00:00")] == [5, 65, 7265, 86400]
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "expected"),
+    [
+        (0, True, "done"),
+        (75, False, "stopped"),  # pre-emption signals the tasks alone
+        (138, True, "stopped"),  # before they listened
+        (-9, True, "stopped"),
+        (70, True, "lost"),
+        (137, False, "lost"),
+        (-9, False, "lost"),
+        (1, True, "failed"),
+        (2, True, "failed"),
+        (127, False, "failed"),
+    ],
+)
+def test_what_an_end_means(code: int, asked: bool, expected: str) -> None:
+    assert ending(code, asked) == expected
+
+
+def test_the_folder_of_a_run(tmp_path: Path) -> None:
+    file, broken = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    file.write_text("out: from/file\nseed: 1\n")
+    broken.write_text("out: [")
+    assert run_folder(["train", "--config", str(file)]) == Path("from/file")
+    assert run_folder(["train", "--config", str(file), "--out", "o"]) == Path("o")
+    assert run_folder(["train", "--out=o", f"--config={file}"]) == Path("from/file")
+    assert run_folder(["train", "--out=o", "--config", str(broken), "--config", "/nowhere"]) == Path("o")
+    assert run_folder(["train", "--out"]) == Path("")
+    assert run_folder(["train"]) == RunConfig().out
+
+
+def test_a_run_goes_on_unless_told_otherwise_and_always_after_its_own_start() -> None:
+    command = ["train", "--resume", "no"]
+    assert resumable(command, started=False) == ["train", "--resume", "auto", "--resume", "no"]
+    assert resumable(command, started=True) == [*command, "--resume", "auto"]
+    assert resumable(["evaluate", "--run", "x"], started=True) == ["evaluate", "--run", "x"]
+
+
+WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4)
+TEXT = st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"]))
+
+
+def printed(words: list[str], environment: dict[str, str]) -> list[str]:
+    """What the part of a step's command after srun's options hands to the program."""
+    program = words[words.index("bash") :]
+    done = subprocess.run(program, env=environment, capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+@given(arguments=WORDS, value=TEXT)
+def test_every_word_and_variable_arrives_unchanged(arguments: list[str], value: str) -> None:
+    show = "import json, os, sys; print(json.dumps([os.environ['GIVEN'], os.environ['MADE'], *sys.argv[4:]]))"
+    site = Site(
+        environment={"GIVEN": value},
+        setup=("MADE=by-set-up", "export MADE"),
+        container=Container(command=(sys.executable, "-I", "-c", show)),
+        python="python3",
+    )
+    words = step_command(["train", *arguments], site, {})
+    assert printed(words, {"PATH": "/usr/bin:/bin"}) == [value, "by-set-up", "train", *arguments]
+
+
+def test_what_srun_is_told() -> None:
+    site = Site(srun=("--mpi=none",), container=Container(image="i.sqsh", mounts=("/a:/b", "/c:/c")))
+    words = step_command(["train"], site, {"SLURM_CPUS_PER_TASK": "6"})
+    assert words[0] == "srun"
+    told = words[1 : words.index("bash")]
+    expected = {"--cpus-per-task=6", "--mpi=none", "--container-image=i.sqsh", "--container-mounts=/a:/b,/c:/c"}
+    assert expected <= set(told)
+    assert "--ntasks=1" not in told
+    assert "--ntasks=1" in step_command(["shards", "build"], Site(), {})
+
+
+def record(rank: int, ended: str | None, step: int = 5, host: str = "", size: int = 4) -> RankRecord:
+    process = ProcessIdentity(host or f"n{rank + 1}.cluster", "boot", 100 + rank, 1)
+    place = Progress(Phase.FORWARD, step, 0)
+    return RankRecord("token", rank, size, process, 9, 1.0, place, 3, 0.5, False, ended, "now")
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((STOPPED, None, STOPPED, STOPPED), [1]),  # silent: its node is gone, or it was suspended
+        ((STOPPED, STOPPED, KILLED, STOPPED), [2]),
+        ((STOPPED, STOPPED, "RuntimeError: CUDA error", STOPPED), [2]),
+        ((STOPPED, STOPPED, STOPPED), [3]),  # never gave a sign of life
+    ],
+)
+def test_the_ranks_to_blame(ends: tuple[str | None, ...], expected: list[int]) -> None:
+    records = [record(rank, ended) for rank, ended in enumerate(ends)]
+    assert ranks_to_blame(records) == expected
+    assert nodes_of(expected, records, NODES) == [f"n{expected[0] + 1}"]
+
+
+def test_of_ranks_that_all_stopped_the_one_behind_hung() -> None:
+    assert ranks_to_blame([record(rank, STOPPED, step=4 if rank == 2 else 5) for rank in range(4)]) == [2]
+    assert ranks_to_blame([record(rank, STOPPED) for rank in range(4)]) == []
+    assert ranks_to_blame([]) == []
+
+
+def test_nodes_by_name_else_by_order() -> None:
+    strange = [record(rank, None, host="login", size=8) for rank in range(8)]
+    assert nodes_of([2, 3, 7], strange, NODES) == ["n2", "n4"]
+    assert nodes_of([0], [record(0, None, host="n3")], NODES) == ["n3"]
+
+
+@pytest.mark.parametrize(
+    ("blamed", "nodes", "usable", "ours", "expected"),
+    [
+        (["n2"], ["n1", "n2"], {"n1", "n2", "n3"}, set(), ["n2"]),
+        (["n2"], ["n1", "n2"], {"n1", "n2"}, set(), []),  # too few would be left
+        (["n2"], ["n1", "n2"], {"n1", "n3"}, set(), ["n2"]),  # down already
+        (["n1", "n2"], ["n1", "n2"], {"n1", "n2", "n3", "n4"}, set(), []),  # all are, so none is
+        (["n1"], ["n1"], {"n1", "n2"}, set(), ["n1"]),
+        (["n2"], ["n1", "n2"], {"n1", "n2", "n4", "n5"}, {"n3"}, []),  # a second one of five
+        (["n2"], ["n1", "n2"], {f"n{k}" for k in range(1, 10) if k != 3}, {"n3"}, ["n2"]),  # of nine
+    ],
+)
+def test_nodes_are_excluded_while_the_job_can_do_without(
+    blamed: list[str], nodes: list[str], usable: set[str], ours: set[str], expected: list[str]
+) -> None:
+    assert nodes_to_exclude(blamed, nodes, usable, ours) == expected
+
+
+def test_only_the_records_of_this_start_count(tmp_path: Path) -> None:
+    for rank in range(2):
+        write_status_in(tmp_path, record(rank, None))
+    process = ProcessIdentity("n1", "boot", 1, 1)
+    lock = LockRecord("token", Job("7@test", 1, "0"), process, "now", 1, "now", 1.0, False)
+    (tmp_path / "lock-000002.json").write_text(lock.to_json())
+    assert len(records_of_start(tmp_path, Job("7@test", 1))) == 2
+    assert records_of_start(tmp_path, Job("7@test", 2)) == []
+    assert records_of_start(tmp_path, Job("8@test", 1)) == []
+    assert records_of_start(tmp_path / "nowhere", Job("7@test", 1)) == []
+
+
+def write_status_in(out: Path, status: RankRecord) -> None:
+    (out / "ranks").mkdir(exist_ok=True)
+    write_status(out, status)
+
+
+def test_requeues_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert (newest_step(out), read_requeues(out)) == (0, [])
+    for restart, step in enumerate((0, 4, 4, 4)):
+        record_requeue(out, Requeue("7@test", restart, step, "lost", ("n2",), (), "now"))
+    with open(out / "requeues.jsonl", "a") as file:
+        file.write('{"job": "7@te')  # torn by a kill
+    record_requeue(out, Requeue("7@test", 4, 4, "stopped", (), ("n2",), "now"))
+    requeues = read_requeues(out)
+    assert [requeue.restart for requeue in requeues] == [0, 1, 2, 3, 4]
+    assert requeues[0].blamed == ("n2",)
+    assert [idle_requeues(requeues, step) for step in (4, 5, 0)] == [4, 0, 0]
+    for name in ("step-00000004", "step-00000012", ".step-00000020.staging", "step-00000030.bad"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(out) == 12
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["Unable to contact slurm controller (connect failure)"] * 2, None),
+        (["Requested operation is presently disabled"], "presently disabled"),
+        (["Socket timed out on send/recv operation"] * 50, "timed out"),
+    ],
+)
+def test_a_controller_that_does_not_answer_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], said: str | None
+) -> None:
+    """A scontrol that fails with one line after the other."""
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    fake = tmp_path / "scontrol"
+    fake.write_text(
+        f'#!/bin/bash\ncd {tmp_path}\n[ -s lines ] || {{ echo "$@" >asked; exit 0; }}\n'
+        "head -n 1 lines >&2; sed -i 1d lines; exit 1\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("llara_dist.cluster.controller._PAUSE_S", 0.01)
+    controller = Controller("7", patience_s=0.3)
+    if said is None:
+        Controller("7", patience_s=60).requeue()
+        assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]
+    else:
+        with pytest.raises(ControllerError, match=said):
+            controller.requeue()
