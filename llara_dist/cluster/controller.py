@@ -25,10 +25,8 @@ class JobStatus:
     """What decides whether a job may be started again.
 
     Attributes:
-        state: in Slurm's words. COMPLETING: it is being ended, and Slurm does not say whether by a user, pre-emption, a
-            lost node or the time limit.
-        run_time_s: since this start.
-        time_limit_s: None = none.
+        state: in Slurm's words; COMPLETING while it is being ended, by whomever.
+        reason: TimeLimit where that is why; nothing tells a user's scancel from Slurm's own requeueing.
         requeue: whether it may be requeued at all.
         partition: that it runs in.
         num_nodes: that it has.
@@ -38,8 +36,7 @@ class JobStatus:
     """
 
     state: str
-    run_time_s: float
-    time_limit_s: float | None
+    reason: str
     requeue: bool
     partition: str
     num_nodes: int
@@ -54,8 +51,7 @@ class JobStatus:
         So it is while it runs, pre-emption's time of grace included, and when it ran into its time limit. A job that is
         being ended otherwise was cancelled, or Slurm requeues it by itself (pre-emption, a lost node).
         """
-        timed_out = self.time_limit_s is not None and self.run_time_s >= self.time_limit_s
-        return self.state == "RUNNING" or (self.state in ("COMPLETING", "TIMEOUT") and timed_out)
+        return self.state == "RUNNING" or self.reason == "TimeLimit"
 
 
 def parse_status(answer: str) -> JobStatus:
@@ -70,11 +66,9 @@ def parse_status(answer: str) -> JobStatus:
     fields: dict[str, str] = {}
     for name, value in re.findall(r"(\w+)=(\S*)", answer.partition("\n")[2]):
         fields.setdefault(name, "" if value in _NONE else value)
-    limit = fields["TimeLimit"]
     return JobStatus(
         state=fields["JobState"],
-        run_time_s=seconds(fields["RunTime"] or "0"),
-        time_limit_s=seconds(limit) if re.fullmatch(r"[\d:-]+", limit) else None,
+        reason=fields["Reason"],
         requeue=fields["Requeue"] != "0",
         partition=fields["Partition"],
         num_nodes=int(fields["NumNodes"].partition("-")[0]),
@@ -82,15 +76,6 @@ def parse_status(answer: str) -> JobStatus:
         excluded=fields["ExcNodeList"],
         required=fields["ReqNodeList"],
     )
-
-
-def seconds(text: str) -> float:
-    """Slurm's "[days-]hours:minutes:seconds" in seconds."""
-    days, _, clock = text.rpartition("-")
-    total = 0
-    for part in clock.split(":"):
-        total = 60 * total + int(part)
-    return float(total + 86400 * int(days or 0))
 
 
 class Controller:

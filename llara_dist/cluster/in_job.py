@@ -22,7 +22,7 @@ from typing import Literal
 
 import yaml
 
-from llara_dist.cluster.controller import Controller, ControllerError
+from llara_dist.cluster.controller import Controller, ControllerError, JobStatus
 from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
 from llara_dist.cluster.requeues import (
     IDLE_REQUEUES,
@@ -37,15 +37,16 @@ from llara_dist.config import RunConfig
 from llara_dist.console import say
 from llara_dist.distributed import Job, read_job
 from llara_dist.errors import EXIT_BAD_INPUT, EXIT_RANK_LOST, EXIT_REQUEUE, InputError
-from llara_dist.supervision.rank_status import RANKS, read_statuses
+from llara_dist.supervision.heartbeat import silence_s
+from llara_dist.supervision.rank_status import RANKS, RankRecord, read_statuses
 from llara_dist.supervision.restarts import read_starts
 from llara_dist.supervision.stop_signals import STOP_SIGNALS, ignore_stop_signals
 
 _ON_EVERY_TASK = frozenset({"train", "evaluate"})
 _LONGEST_LAST_SAVE_S = 900
 """So long the first rank may go on alone, e.g. to write its last checkpoint, before srun ends it."""
-_LINGER_S = 60.0
-"""So long after the ranks' report of a lost one nothing may move before srun, which waits for a lost node, is ended."""
+_LINGER_S = 30.0
+"""So long, and two silences, after the ranks' report of a lost one none gives a sign of life before srun is ended."""
 _LOOK_S = 1.0
 
 Ending = Literal["done", "stopped", "lost", "failed"]
@@ -142,7 +143,8 @@ class Step:
         self.asked = False
         self._out = out
         self._reports = self._lost_reports()
-        self._moved: tuple[tuple[int, ...], float] = ((), time.monotonic())
+        self._heartbeats: list[int] = []
+        self._moved_at = time.monotonic()
         for number in STOP_SIGNALS:
             signal.signal(number, self._forward)
         self._srun = subprocess.Popen(words)
@@ -181,10 +183,12 @@ class Step:
         """Whether ranks have reported a lost one, and none of them gave a sign of life since."""
         if self._out is None or self._lost_reports() <= self._reports:
             return False
-        seen = tuple(record.heartbeat for record in read_statuses(self._out))
-        if seen != self._moved[0]:
-            self._moved = (seen, time.monotonic())
-        return time.monotonic() - self._moved[1] > _LINGER_S
+        records = read_statuses(self._out)
+        heartbeats = [record.heartbeat for record in records]
+        if heartbeats != self._heartbeats:
+            self._heartbeats, self._moved_at = heartbeats, time.monotonic()
+        interval_s = max((record.interval_s for record in records), default=0.0)
+        return time.monotonic() - self._moved_at > _LINGER_S + 2 * silence_s(interval_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,46 +213,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     code = step.wait()
     ended = ending(code, step.asked)
-    if ended == "lost" and code < 0:
-        code = EXIT_RANK_LOST
     if out is not None and ended != "done":
         ignore_stop_signals()  # Slurm sends them to a job that it requeues
+        # Where srun itself was killed, the silence of its ranks says nothing of their nodes.
+        records = records_of_start(out, job) if code >= 0 else []
         try:
-            go_on(out, job, ended, Controller(os.environ["SLURM_JOB_ID"]))
-        except ControllerError as error:
+            go_on(out, job, ended, records, Controller(os.environ["SLURM_JOB_ID"]))
+        except (ControllerError, OSError) as error:
             say(f"llara-dist: not requeued: {error}")
-    return code
+    return code if code >= 0 else EXIT_RANK_LOST
 
 
-def go_on(out: Path, job: Job, ended: Ending, controller: Controller) -> None:
-    """Put a run's job back into the queue where that helps.
+def go_on(out: Path, job: Job, ended: Ending, records: Sequence[RankRecord], controller: Controller) -> None:
+    """Put a run's job back into the queue where that helps, without the nodes that failed.
 
     Args:
         out: the run's folder.
         job: with this start's number.
         ended: how the run did.
+        records: every rank's last word.
         controller: of the job.
 
     Raises:
         ControllerError: Slurm refuses or does not answer.
+        OSError: the run's folder cannot be written: requeues that nobody counts might never end.
     """
     status = controller.status()
     nodes = controller.hosts(status.nodes)
-    records = records_of_start(out, job)
-    troubled = [node for node in nodes if node not in controller.usable(nodes=status.nodes)]
+    usable = controller.usable(nodes=status.nodes)
+    troubled = [node for node in nodes if node not in usable]
     if ended == "failed" and (records or not troubled):
         return  # it said why; a restart would find the same
-    if not status.is_ours:
-        say(f"llara-dist: not requeued: the job is being ended by Slurm or by a user ({status.state})")
-        return
-    if not status.requeue:
-        say("llara-dist: not requeued: the job was submitted with --no-requeue; submit it again to go on")
-        return
     done = newest_step(out)
     earlier = [requeue for requeue in read_requeues(out) if requeue.job == job.name]
-    idle = idle_requeues(earlier, done)
-    if idle >= IDLE_REQUEUES:
-        say(f"llara-dist: not requeued: {idle} requeues in a row found no checkpoint after step {done}")
+    refused = refusal(status, idle_requeues(earlier, done), done)
+    if refused is not None:
+        say(f"llara-dist: not requeued: {refused}")
         return
     blamed: list[str] = []
     excluded: list[str] = []
@@ -256,23 +256,39 @@ def go_on(out: Path, job: Job, ended: Ending, controller: Controller) -> None:
     if ended != "stopped":
         at_fault = nodes_of(ranks_to_blame(records), records, nodes)
         blamed = [node for node in nodes if node in at_fault or node in troubled]
-        usable = controller.usable(partition=status.partition)
-        ours = {node for requeue in earlier for node in requeue.excluded}
+        required = controller.hosts(status.required)
         excluded = nodes_to_exclude(
-            [node for node in blamed if node not in controller.hosts(status.required)],
+            [node for node in blamed if node not in required],
             nodes,
-            usable - set(before),
-            ours,
+            usable=controller.usable(partition=status.partition) - set(before),
+            ours={node for requeue in earlier for node in requeue.excluded},
         )
-    why: Literal["stopped", "lost"] = "stopped" if ended == "stopped" else "lost"
+    why = "stopped" if ended == "stopped" else "lost"
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record_requeue(out, Requeue(job.name, job.restart, done, why, tuple(blamed), tuple(excluded), now))
-    say(f"llara-dist: requeued ({why}), safe up to step {done}{_about(blamed, excluded)}")
-    # Excluded afterwards: a running job cannot be changed so, and one that is held meanwhile would stay so if this
-    # process were killed in between. Slurm starts a requeued job minutes later at the earliest.
+    say(f"llara-dist: requeueing ({why}), safe up to step {done}{_about(blamed, excluded)}")
     controller.requeue()
+    # Only now: Slurm changes this of waiting jobs alone. One that is held meanwhile would stay so if this process were
+    # killed in between; as it is, the worst is a start with the same nodes.
     if excluded:
         controller.exclude(",".join([*before, *excluded]))
+
+
+def refusal(status: JobStatus, idle: int, done: int) -> str | None:
+    """Why a job is not put back into the queue; None where it is.
+
+    Args:
+        status: of the job.
+        idle: requeues in a row that found no newer checkpoint.
+        done: step of the newest checkpoint.
+    """
+    if not status.is_ours:
+        return f"the job is being ended by a user, or by Slurm, which then requeues it itself (state {status.state})"
+    if not status.requeue:
+        return "the job was submitted with --no-requeue; submit it again to go on"
+    if idle >= IDLE_REQUEUES:
+        return f"{idle} times in a row that led to no checkpoint after step {done}; find out why, then submit it again"
+    return None
 
 
 def _about(blamed: Sequence[str], excluded: Sequence[str]) -> str:
@@ -280,9 +296,9 @@ def _about(blamed: Sequence[str], excluded: Sequence[str]) -> str:
         return ""
     kept = [node for node in blamed if node not in excluded]
     return (
-        f"; ranks were lost on {', '.join(blamed)}"
+        f"; lost on {', '.join(blamed)}"
         + (f", excluded from now on: {', '.join(excluded)}" if excluded else "")
-        + (f", not excluded, since too few others would be left: {', '.join(kept)}" if kept else "")
+        + (f", not excluded, too few nodes would be left: {', '.join(kept)}" if kept else "")
     )
 
 

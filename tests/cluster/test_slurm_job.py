@@ -132,7 +132,7 @@ def test_a_job_that_is_pre_empted_goes_on_by_itself(
     assert slurm.end(other) == "COMPLETED"
     assert slurm.end(job) == "COMPLETED", said(tmp_path, job)
     assert slurm.job(job)["Restarts"] == "1"
-    assert "requeued (stopped)" in said(tmp_path, job)
+    assert "requeueing (stopped)" in said(tmp_path, job)
     assert "going on from step " in said(tmp_path, job)
     assert_same_bytes(unstopped, tmp_path / "run")
 
@@ -159,7 +159,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm, submit: Submit,
     assert slurm.end(job) == "CANCELLED"
     assert open_checkpoint(max((tmp_path / "run" / "checkpoints").glob("step-*"))).step >= seen
     assert slurm.job(job)["Restarts"] == "0"
-    assert "not requeued: the job is being ended" in said(tmp_path, job)
+    assert "not requeued: the job is being ended by a user" in said(tmp_path, job)
     assert read_requeues(tmp_path / "run") == []
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llara_dist.cluster.controller import Controller, ControllerError, parse_status, seconds
-from llara_dist.cluster.in_job import ending, resumable, run_folder, step_command
+from llara_dist.cluster.controller import Controller, ControllerError, parse_status
+from llara_dist.cluster.in_job import ending, refusal, resumable, run_folder, step_command
 from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
 from llara_dist.cluster.requeues import Requeue, idle_requeues, newest_step, read_requeues, record_requeue
 from llara_dist.cluster.site import Container, Site
@@ -43,30 +43,28 @@ NODES = ("n1", "n2", "n3", "n4")
 def test_what_slurm_says_of_a_job() -> None:
     status = parse_status(STATUS)
     assert (status.state, status.partition, status.num_nodes, status.nodes) == ("COMPLETING", "low", 2, "n[1-2]")
-    assert (status.run_time_s, status.time_limit_s, status.requeue) == (93601, 93600, True)
-    assert (status.excluded, status.required) == ("n9", "")
+    assert (status.reason, status.requeue, status.excluded, status.required) == ("", True, "n9", "")
 
 
 @pytest.mark.parametrize(
-    ("state", "run_time_s", "time_limit_s", "expected"),
+    ("state", "reason", "expected"),
     [
-        ("RUNNING", 10, 60, True),
-        ("COMPLETING", 10, 60, False),  # scancel, or Slurm's own requeueing
-        ("COMPLETING", 60, 60, True),  # the time limit
-        ("COMPLETING", 60, None, False),
-        ("CANCELLED", 61, 60, False),
-        ("PENDING", 0, 60, False),
+        ("RUNNING", "", True),
+        ("COMPLETING", "", False),  # scancel, or Slurm's own requeueing
+        ("COMPLETING", "TimeLimit", True),
+        ("PENDING", "BeginTime", False),
     ],
 )
-def test_a_job_that_somebody_else_ends_is_left_alone(
-    state: str, run_time_s: float, time_limit_s: float | None, expected: bool
-) -> None:
-    status = dataclasses.replace(parse_status(STATUS), state=state, run_time_s=run_time_s, time_limit_s=time_limit_s)
-    assert status.is_ours == expected
+def test_a_job_that_somebody_else_ends_is_left_alone(state: str, reason: str, expected: bool) -> None:
+    assert dataclasses.replace(parse_status(STATUS), state=state, reason=reason).is_ours == expected
 
 
-def test_slurms_times() -> None:
-    assert [seconds(text) for text in ("05", "01:05", "02:01:05", "1-00:00:00")] == [5, 65, 7265, 86400]
+def test_a_job_is_requeued_only_where_that_leads_somewhere() -> None:
+    running = dataclasses.replace(parse_status(STATUS), state="RUNNING")
+    assert refusal(running, idle=2, done=4) is None
+    assert "after step 4" in str(refusal(running, idle=3, done=4))
+    assert "--no-requeue" in str(refusal(dataclasses.replace(running, requeue=False), idle=0, done=4))
+    assert "COMPLETING" in str(refusal(parse_status(STATUS), idle=0, done=4))
 
 
 @pytest.mark.parametrize(
