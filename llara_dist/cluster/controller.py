@@ -29,7 +29,6 @@ class JobStatus:
         reason: TimeLimit where that is why; nothing tells a user's scancel from Slurm's own requeueing.
         requeue: whether it may be requeued at all.
         partition: that it runs in.
-        num_nodes: that it has.
         nodes: their list, as Slurm writes it; so the next two.
         excluded: that it must not have.
         required: that it must have.
@@ -39,7 +38,6 @@ class JobStatus:
     reason: str
     requeue: bool
     partition: str
-    num_nodes: int
     nodes: str
     excluded: str
     required: str
@@ -61,7 +59,6 @@ def parse_status(answer: str) -> JobStatus:
 
     Raises:
         KeyError: a field is missing.
-        ValueError: one is no number.
     """
     fields: dict[str, str] = {}
     for name, value in re.findall(r"(\w+)=(\S*)", answer.partition("\n")[2]):
@@ -71,7 +68,6 @@ def parse_status(answer: str) -> JobStatus:
         reason=fields["Reason"],
         requeue=fields["Requeue"] != "0",
         partition=fields["Partition"],
-        num_nodes=int(fields["NumNodes"].partition("-")[0]),
         nodes=fields["NodeList"],
         excluded=fields["ExcNodeList"],
         required=fields["ReqNodeList"],
@@ -99,8 +95,8 @@ class Controller:
         answer = self._ask("scontrol", "show", "job", self.job_id)
         try:
             return parse_status(answer)
-        except (KeyError, ValueError) as error:
-            raise ControllerError(f"scontrol show job {self.job_id}: not understood ({error})") from None
+        except KeyError as error:
+            raise ControllerError(f"scontrol show job {self.job_id}: says nothing of {error}") from None
 
     def requeue(self) -> None:
         """Put the job back into the queue, under the same id; its processes are ended.

@@ -172,7 +172,7 @@ class Slurm:
         nodes = (dict(_STATES.findall(line)) for line in lines)
         return {node["NodeName"]: node["State"] for node in nodes}
 
-    def end(self, job: str, limit_s: float = 240) -> str:
+    def end(self, job: str, limit_s: float = 400) -> str:
         """Wait until the job has ended for good; returns its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
         self.wait(lambda: self.state(job) in ended, limit_s, f"job {job} has ended")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import signal
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llara_dist.cluster.controller import Controller, ControllerError, parse_status
-from llara_dist.cluster.in_job import ending, refusal, resumable, run_folder, step_command
+from llara_dist.cluster.in_job import ending, refusal, resumable, run_folder
 from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
 from llara_dist.cluster.requeues import Requeue, idle_requeues, newest_step, read_requeues, record_requeue
 from llara_dist.cluster.site import Container, Site
+from llara_dist.cluster.step import Step, step_command
 from llara_dist.config import RunConfig
 from llara_dist.distributed import Job
 from llara_dist.supervision.process_identity import ProcessIdentity
@@ -29,12 +31,10 @@ JobId=7 JobName=a name with NodeList=x9 JobState=RUNNING
    UserId=u(1000) GroupId=u(1000) MCS_label=N/A
    JobState=COMPLETING Reason=None Dependency=(null)
    Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
-   RunTime=1-02:00:01 TimeLimit=1-02:00:00 TimeMin=N/A
    Partition=low AllocNode:Sid=head:0
    ReqNodeList=(null) ExcNodeList=n9
    NodeList=n[1-2]
    BatchHost=n1
-   NumNodes=2-2 NumCPUs=2 NumTasks=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
    Command=/home/u/my NodeList=n7 run.sbatch
 """
 NODES = ("n1", "n2", "n3", "n4")
@@ -42,7 +42,7 @@ NODES = ("n1", "n2", "n3", "n4")
 
 def test_what_slurm_says_of_a_job() -> None:
     status = parse_status(STATUS)
-    assert (status.state, status.partition, status.num_nodes, status.nodes) == ("COMPLETING", "low", 2, "n[1-2]")
+    assert (status.state, status.partition, status.nodes) == ("COMPLETING", "low", "n[1-2]")
     assert (status.reason, status.requeue, status.excluded, status.required) == ("", True, "n9", "")
 
 
@@ -109,24 +109,21 @@ WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categori
 TEXT = st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"]))
 
 
-def printed(words: list[str], environment: dict[str, str]) -> list[str]:
-    """What the part of a step's command after srun's options hands to the program."""
-    program = words[words.index("bash") :]
-    done = subprocess.run(program, env=environment, capture_output=True, check=True)
-    return json.loads(done.stdout)
-
-
+@settings(max_examples=40)
 @given(arguments=WORDS, value=TEXT)
 def test_every_word_and_variable_arrives_unchanged(arguments: list[str], value: str) -> None:
-    show = "import json, os, sys; print(json.dumps([os.environ['GIVEN'], os.environ['MADE'], *sys.argv[4:]]))"
+    show = r'printf "%s\0" "$GIVEN" "$MADE" "$@"'
     site = Site(
         environment={"GIVEN": value},
         setup=("MADE=by-set-up", "export MADE"),
-        container=Container(command=(sys.executable, "-I", "-c", show)),
+        container=Container(command=("bash", "-c", show, "container")),
         python="python3",
     )
     words = step_command(["train", *arguments], site, {})
-    assert printed(words, {"PATH": "/usr/bin:/bin"}) == [value, "by-set-up", "train", *arguments]
+    program = words[words.index("bash") :]  # what follows srun's options
+    done = subprocess.run(program, env={"PATH": "/usr/bin:/bin"}, capture_output=True, check=True)
+    seen = os.fsdecode(done.stdout).split("\0")[:-1]
+    assert seen == [value, "by-set-up", "python3", "-m", "llara_dist.cli", "train", *arguments]
 
 
 def test_what_srun_is_told() -> None:
@@ -138,6 +135,46 @@ def test_what_srun_is_told() -> None:
     assert expected <= set(told)
     assert "--ntasks=1" not in told
     assert "--ntasks=1" in step_command(["shards", "build"], Site(), {})
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    """A step handles signals until its process ends; here it goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_is_told_to_stop_by_the_signal_that_srun_hands_on(tmp_path: Path, number: signal.Signals) -> None:
+    ready = tmp_path / "ready"
+    step = Step(["bash", "-c", 'trap "exit 75" USR1; touch "$0"; while :; do sleep 0.05; done', str(ready)], tmp_path)
+    while not ready.exists():
+        pass
+    signal.raise_signal(number)
+    assert (step.wait(), step.asked) == (75, True)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_commands_without_checkpoints_are_not_told() -> None:
+    step = Step(["sleep", "0.3"], None)
+    signal.raise_signal(signal.SIGUSR1)
+    assert (step.wait(), step.asked) == (0, False)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_srun_that_waits_for_a_lost_node_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llara_dist.cluster.step._LINGER_S", 0.1)
+    monkeypatch.setattr("llara_dist.cluster.step._LOOK_S", 0.1)
+    monkeypatch.setattr("llara_dist.cluster.step.silence_s", lambda interval_s: 0.0)
+    write_status_in(tmp_path, record(0, STOPPED))
+    (tmp_path / "ranks" / "lost-of-an-earlier-start.txt").touch()
+    assert Step(["sleep", "0.5"], tmp_path).wait() == 0
+    step = Step(["sleep", "1000"], tmp_path)
+    (tmp_path / "ranks" / "lost-token.txt").touch()
+    assert step.wait() == 70
 
 
 def record(rank: int, ended: str | None, step: int = 5, host: str = "", size: int = 4) -> RankRecord:
