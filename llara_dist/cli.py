@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,27 @@ COMMANDS = {
         "llara-dist launch --hostfile hosts train --config launch/configs/movielens.yaml --resume auto",
         hands_on=("train", "evaluate"),
     ),
+    "submit": Command(
+        "llara_dist.cluster.submit:submit",
+        "a run, an array of runs or a whole pipeline as jobs of a Slurm cluster, checked before they are queued",
+        "llara-dist submit --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
+        "--recommender.path recommenders/sasrec --out runs/movielens --nodes 2 --gpus_per_node 8 --time 12:00:00",
+    ),
+    "status": Command(
+        "llara_dist.cluster.jobs:status",
+        "the jobs of a run or pipeline in Slurm, and how far the run is; without Slurm from its files alone",
+        "llara-dist status runs/movielens",
+    ),
+    "logs": Command(
+        "llara_dist.cluster.jobs:logs",
+        "what a run's job printed, or one rank's log",
+        "llara-dist logs runs/movielens --rank 17 --follow",
+    ),
+    "cancel": Command(
+        "llara_dist.cluster.jobs:cancel",
+        "cancel the jobs of a run or pipeline, waiting and running; a running one saves a checkpoint first",
+        "llara-dist cancel runs/movielens",
+    ),
     "preflight": Command(
         "llara_dist.training.preflight.examine:preflight",
         "all that train checks before it reads a weight, in one table, for any number of ranks; nothing is written",
@@ -146,6 +167,11 @@ COMMANDS = {
         "llara_dist.evaluation.evaluate:evaluate",
         "generate answers and rank candidates: HitRatio@1, valid ratio, HR@k, NDCG@k, with intervals",
         "llara-dist evaluate --run runs/movielens --split test --protocol exact",
+    ),
+    "report": Command(
+        "llara_dist.evaluation.compare_runs:report",
+        "evaluated runs side by side on one HTML page: HR@1 with intervals, paired differences, curves",
+        "llara-dist report --runs '[runs/hybrid, runs/text-only]' --out report.html",
     ),
 }
 
@@ -190,16 +216,21 @@ POSITIONAL = {
     "shards inspect": "shards",
     "download": "dataset",
     "top": "run",
+    "status": "run",
+    "logs": "run",
+    "cancel": "run",
 }
 """Commands whose first argument may be given without its option's name; only --json may stand before it."""
 
 
-FLAGS = {"top": ("--once", "--all")}
-"""Options of a command that are true where no value follows."""
+def normalise(name: str, arguments: list[str], switches: Collection[str] = ()) -> list[str]:
+    """Accept --max-tokens for --max_tokens, a bare first argument where a command has one, switches without a value.
 
-
-def normalise(name: str, arguments: list[str]) -> list[str]:
-    """Accept --max-tokens for --max_tokens, a bare first argument where a command has one, flags without a value."""
+    Args:
+        name: of the command.
+        arguments: as given.
+        switches: options of the command that mean true where no value follows.
+    """
     spelled: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -209,10 +240,17 @@ def normalise(name: str, arguments: list[str]) -> list[str]:
     first = next((place for place, argument in enumerate(spelled) if argument != "--json"), None)
     if name in POSITIONAL and first is not None and not spelled[first].startswith("-"):
         spelled.insert(first, f"--{POSITIONAL[name]}")
-    for place in reversed([place for place, argument in enumerate(spelled) if argument in FLAGS.get(name, ())]):
-        if spelled[place + 1 : place + 2] not in (["true"], ["false"]):
-            spelled.insert(place + 1, "true")
-    return spelled
+    following = [*spelled[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(spelled, following, strict=True)
+    ]
+
+
+def switches_of(function: Callable[..., Any]) -> set[str]:
+    """The options of a function's own yes-or-no parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return {f"--{each.name}" for each in parameters if each.annotation in (bool, "bool")}
 
 
 def run_command(name: str, arguments: list[str]) -> None:
@@ -225,6 +263,7 @@ def run_command(name: str, arguments: list[str]) -> None:
 
     from jsonargparse import ActionConfigFile, ArgumentParser
 
+    from llara_dist.cluster.batch_script import array_variants
     from llara_dist.config import RunConfig
 
     command = COMMANDS[name]
@@ -248,21 +287,32 @@ def run_command(name: str, arguments: list[str]) -> None:
         parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
         parser.add_argument("--profile", action="store_true", help="torch profiler trace of three steps in OUT/profile")
     else:
-        # What is no option: the run's settings, which are options of their own, and what is handed on.
-        no_options: set[str | int] = {*(["config"] if takes_run else []), *(["arguments"] if command.hands_on else [])}
+        # What is no option: the run's settings, which are options of their own, what is handed on, an array's runs.
+        no_options: set[str | int] = {
+            *(["config", "runs"] if takes_run else []),
+            *(["arguments"] if command.hands_on else []),
+        }
         parser.add_function_arguments(function, as_group=False, skip=no_options)
-    try:
-        values = parser.instantiate(parser.parse_args(normalise(name, arguments)))
-    except ArgumentError as error:
-        raise InputError(f"llara-dist {name}: {' '.join(str(error.message).split())}; see --help") from None
-    given = dict(vars(values))
-    as_json = given.pop("json")
-    if takes_run:
-        given.pop("config")
-        settings = {field.name: given.pop(field.name) for field in dataclasses.fields(RunConfig)}
-        given["config"] = RunConfig(**settings)
+
+    def parse(words: list[str]) -> dict[str, Any]:
+        try:
+            given = dict(vars(parser.instantiate(parser.parse_args(words))))
+        except ArgumentError as error:
+            raise InputError(f"llara-dist {name}: {' '.join(str(error.message).split())}; see --help") from None
+        if takes_run:
+            given.pop("config")
+            settings = {field.name: given.pop(field.name) for field in dataclasses.fields(RunConfig)}
+            given["config"] = RunConfig(**settings)
+        return given
+
+    words = normalise(name, arguments, () if name == "train" else switches_of(function))
+    variants = array_variants(words) if name == "submit" else {}
+    given = parse(next(iter(variants.values()), words))
+    if variants:
+        given["runs"] = {index: parse(variant)["config"] for index, variant in variants.items()}
     if command.hands_on:
         given["arguments"] = handed_on
+    as_json = given.pop("json")
     try:
         result = function(**given)
     except InputError as error:

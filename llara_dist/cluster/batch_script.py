@@ -7,9 +7,11 @@ is and overrides everything; those that a plain line can hold are in the script 
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,7 @@ INDEX = "{index}"
 SCRIPT = "job.sbatch"
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,@%+=-]*")
 _RUNS = frozenset({"train", "evaluate"})
-"""Commands that every task of the job runs; the others are one process."""
+"""Commands that every task of the job runs."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,14 @@ class JobDescription:
             if "\n" in word or "\0" in word:
                 raise InputError(f"{word!r}: a line break or zero byte cannot be part of a job's command or folder")
 
+        if not self.is_run and self.resources.most_nodes > 1:
+            raise InputError(f"nodes={self.resources.nodes}: `llara-dist {self.command[0]}` is one process on one node")
+
+    @property
+    def is_run(self) -> bool:
+        """Whether every task of the job runs the command; the others are one process."""
+        return self.command[0] in _RUNS
+
     @property
     def script(self) -> Path:
         """The batch script's file."""
@@ -131,7 +141,7 @@ def sbatch_options(job: JobDescription, site: Site) -> list[str]:
         "--open-mode=append",
         "--requeue",
         f"--nodes={asked.nodes}",
-        f"--ntasks-per-node={asked.tasks_per_node}",
+        f"--ntasks-per-node={asked.tasks_per_node if job.is_run else 1}",
     ]
     for name in ("partition", "account", "qos", "constraint"):
         value = getattr(asked, name) or getattr(site, name)
@@ -142,7 +152,7 @@ def sbatch_options(job: JobDescription, site: Site) -> list[str]:
     options += [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
     options += [f"--mem={asked.mem}"] if asked.mem else []
     options += [f"--time={asked.time}"] if asked.time else []
-    options += [f"--signal=B:USR1@{job.signal_s}"] if job.signal_s and job.command[0] in _RUNS else []
+    options += [f"--signal=B:USR1@{job.signal_s}"] if job.signal_s and job.is_run else []
     options += [f"--array={job.array}"] if job.array else []
     if job.after:
         options += [f"--dependency=afterok:{':'.join(job.after)}", "--kill-on-invalid-dep=yes"]
@@ -203,3 +213,17 @@ def array_indices(text: str) -> list[int]:
     if not wanted or len(set(wanted)) != len(wanted):
         raise InputError(f"--array {text}: names no index, or one twice")
     return wanted
+
+
+def array_variants(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """The arguments of each index of `--array`, with {index} replaced; empty where none is given.
+
+    Raises:
+        InputError: the indices are of another form than Slurm's.
+    """
+    given = [word.partition("=")[2] for word in arguments if word.startswith("--array=")]
+    given += [value for word, value in itertools.pairwise(arguments) if word == "--array"]
+    if not given or given[-1] == "":
+        return {}
+    indices = [str(index) for index in array_indices(given[-1])]
+    return {index: [word.replace(INDEX, index) for word in arguments] for index in indices}

@@ -6,7 +6,10 @@ pipeline's train step "run", an array one run for each index.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,7 @@ class JobRecord:
         runs: folder of the run by array index, relative to the folder that `jobs` lies in; index "" of a single job.
         output: name of the job's output, with Slurm's patterns.
         sbatch: options that it was submitted with.
+        settings: hash of what a pipeline step's artifact depends on.
         submitted_at: local time with zone, for people.
     """
 
@@ -41,6 +45,7 @@ class JobRecord:
     runs: dict[str, str]
     output: str
     sbatch: tuple[str, ...]
+    settings: str
     submitted_at: str
 
 
@@ -80,21 +85,31 @@ class Job:
         return [base / run for index, run in self.record.runs.items() if self.index in ("", index)]
 
 
-def next_folder(out: Path) -> Path:
-    """Where the next job of a folder goes, absolute; not made."""
-    return _jobs_folder(out) / str(max(_numbers(out), default=0) + 1)
+def next_folders(out: Path, count: int) -> list[Path]:
+    """Where the next jobs of a folder go, absolute; not made."""
+    last = max(_numbers(out), default=0)
+    return [_jobs_folder(out) / str(last + number) for number in range(1, count + 1)]
 
 
-def make_folder(out: Path) -> Path:
-    """Make the next job's folder, which no other submission gets."""
-    while True:
-        folder = next_folder(out)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+def make_folder(folder: Path) -> None:
+    """Make a job's folder.
+
+    Raises:
+        InputError: somebody else made it since `next_folders` found it free.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise InputError(f"{folder}: another submission is under way for this run; look at its jobs first") from None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder of a job that was not submitted after all, and those above that hold nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for above in (folder.parent, folder.parents[1]):
+        with contextlib.suppress(OSError):
+            above.rmdir()
 
 
 def write_record(folder: Path, record: JobRecord) -> None:
@@ -123,10 +138,10 @@ def jobs_of(folder: Path) -> list[Job]:
     found = [Job(path, read_record(path)) for path in _recorded(folder)]
     for above in folder.parents:
         for path in _recorded(above):
-            record = read_record(path)
-            found += [
-                Job(path, record, index) for index, run in record.runs.items() if (above / run).resolve() == folder
-            ]
+            with contextlib.suppress(InputError):  # far above, `jobs` may be anybody's
+                record = read_record(path)
+                named = [index for index, run in record.runs.items() if (above / run).resolve() == folder]
+                found += [Job(path, record, index) for index in named]
     return sorted(found, key=lambda job: job.record.submitted_at)
 
 
@@ -165,8 +180,11 @@ def _jobs_folder(out: Path) -> Path:
 
 
 def _numbers(out: Path) -> list[int]:
-    folder = _jobs_folder(out)
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    try:
+        names = os.listdir(_jobs_folder(out))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _recorded(out: Path) -> list[Path]:

@@ -1,0 +1,130 @@
+"""Jobs on their way into the queue: looked at by Slurm, written down, submitted; all of them or none."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llara_dist
+from llara_dist.cluster import records, slurm
+from llara_dist.cluster.batch_script import JobDescription, sbatch_options, script_text
+from llara_dist.cluster.records import JobRecord
+from llara_dist.cluster.site import Site
+from llara_dist.console import say
+from llara_dist.errors import InputError
+from llara_dist.integrity import write_file
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job and what lies beside it.
+
+    Attributes:
+        job: its description.
+        step: of a pipeline; a single job's command.
+        runs: folder of the run by array index, relative to the folder that `jobs` lies in.
+        files: texts to write into the job's folder, by name.
+        settings: hash of what the job's artifact depends on, by which a pipeline knows it again; "" of a single run.
+    """
+
+    job: JobDescription
+    step: str
+    runs: Mapping[str, str]
+    files: Mapping[str, str]
+    settings: str = ""
+
+
+def checkout() -> Path | None:
+    """The folder to import this package from where it is not installed."""
+    root = Path(llara_dist.__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def enqueue(
+    submissions: Sequence[Submission], site: Site, environment: Mapping[str, str], dry_run: bool
+) -> dict[str, Any]:
+    """Let Slurm look at every job, then submit them in order; all of them or none.
+
+    Args:
+        submissions: `after` of their jobs names earlier steps, whose ids take their place.
+        site: of the cluster.
+        environment: of the jobs.
+        dry_run: print instead.
+
+    Raises:
+        InputError: Slurm refuses one; none is left queued, no folder left behind.
+    """
+    for submission in submissions:
+        look_at(submission, site, environment, dry_run)
+    if dry_run:
+        return {"jobs": [{"id": "", **_shown(submission)} for submission in submissions]}
+    cluster = slurm.cluster_name()
+    submitted: dict[str, str] = {}
+    made: list[Path] = []
+    try:
+        for submission in submissions:
+            records.make_folder(submission.job.folder)
+            made.append(submission.job.folder)
+        for submission in submissions:
+            submitted[submission.step] = _submit(submission, site, environment, cluster, submitted)
+    except InputError:
+        if submitted:
+            slurm.cancel(list(submitted.values()))
+        for folder in made:
+            records.remove_folder(folder)
+        raise
+    return {"jobs": [{"id": submitted[submission.step], **_shown(submission)} for submission in submissions]}
+
+
+def look_at(submission: Submission, site: Site, environment: Mapping[str, str], show: bool) -> None:
+    """Let Slurm look at a job without submitting it, where there is Slurm; print it if asked.
+
+    Raises:
+        InputError: Slurm would refuse it; its words.
+    """
+    # What it waits for has no id yet.
+    job = dataclasses.replace(submission.job, after=())
+    script = script_text(job, site)
+    if show:
+        after = f", after {', '.join(submission.job.after)}" if submission.job.after else ""
+        say(f"# {submission.step}: {job.script}{after}\n{script}")
+    if slurm.is_here():
+        answer = slurm.validate(script, sbatch_options(job, site), environment)
+        if show:
+            say(f"# {answer.strip()}\n")
+
+
+def _submit(
+    submission: Submission, site: Site, environment: Mapping[str, str], cluster: str, submitted: Mapping[str, str]
+) -> str:
+    job = dataclasses.replace(submission.job, after=tuple(submitted[step] for step in submission.job.after))
+    options = sbatch_options(job, site)
+    for name, text in {**submission.files, "site.yaml": site.to_yaml()}.items():
+        write_file(job.folder / name, text)
+    write_file(job.script, os.fsencode(script_text(job, site)))
+    record = JobRecord(
+        job_id="",
+        cluster=cluster,
+        step=submission.step,
+        command=job.command,
+        runs=dict(submission.runs),
+        output=job.output,
+        sbatch=tuple(options),
+        settings=submission.settings,
+        submitted_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+    records.write_record(job.folder, record)
+    job_id, _ = slurm.submit(job.script, options, environment)
+    records.write_record(job.folder, dataclasses.replace(record, job_id=job_id))
+    say(f"{submission.step}: job {job_id}, script {job.script}, output {job.folder / job.output}")
+    return job_id
+
+
+def _shown(submission: Submission) -> dict[str, str]:
+    job = submission.job
+    return {"step": submission.step, "script": str(job.script), "output": str(job.folder / job.output)}
