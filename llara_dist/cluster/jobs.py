@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -49,17 +50,23 @@ def status(run: Path) -> dict[str, Any]:
             states = states_of(job)
         except InputError as error:
             states, silent = [], str(error)
+        states = sorted(states, key=lambda state: [int(number) for number in re.findall(r"\d+", state.job_id)])
         shown += [_job_row(job, state) for state in states or [None]]
     folders = list(dict.fromkeys(folder for job in jobs for folder in _runs_seen_from(job, run))) or [run.resolve()]
     runs = [row for row in map(progress, folders) if row]
     if shown:
-        columns = ("job", "step", "state", "reason", "nodes", "restarts", "exit", "submitted")
+        columns = ("job", "step", "state", "reason", "nodes", "restarts", "exit")
         table(f"jobs of {run}", list(columns), ([_cell(row[name]) for name in columns] for row in shown))
     else:
         say(f"{run}: no job was submitted for it")
     if runs:
-        columns = ("run", "step", "of", "loss", "ranks", "phase", "heartbeat", "ended")
-        table("progress", list(columns), ([_cell(row[name]) for name in columns] for row in runs))
+        columns = ("step", "of", "loss", "ranks", "phase", "heartbeat", "ended")
+        base = run.resolve()
+        table(
+            f"progress of {run}",
+            ["run", *columns],
+            ([os.path.relpath(row["run"], base), *(_cell(row[name]) for name in columns)] for row in runs),
+        )
     if silent:
         say(f"from files alone: {silent}")
     return {"run": str(run), "jobs": shown, "runs": runs}
@@ -70,7 +77,7 @@ def progress(run: Path) -> dict[str, Any] | None:
 
     Returns:
         "step": optimizer steps done; "of": T, None until there is a checkpoint; "loss"; "ranks"; "phase", "heartbeat"
-        and "ended" of rank 0: what it does, when it last said so, and how it ended: None while it works, "" in order.
+        and "ended" of rank 0: what it does, when it last said so, and how it ended: None while it works.
     """
     last = last_line(run / "metrics.jsonl")
     ranks = read_statuses(run)
@@ -86,7 +93,7 @@ def progress(run: Path) -> dict[str, Any] | None:
         "ranks": first.world_size if first else None,
         "phase": str(first.progress.phase) if first else None,
         "heartbeat": first.written_at if first else None,
-        "ended": first.ended if first else None,
+        "ended": ("in order" if first.ended == "" else first.ended) if first else None,
     }
 
 
