@@ -19,9 +19,10 @@ from llara_dist.cluster.batch_script import INDEX, JobDescription
 from llara_dist.cluster.pipeline_file import MAKES, NEEDS, Pipeline, read_pipeline
 from llara_dist.cluster.run_settings import check_run, settings_files
 from llara_dist.cluster.submission import Submission, checkout
-from llara_dist.config import RunConfig
+from llara_dist.config import RunConfig, to_dict
 from llara_dist.console import say
 from llara_dist.data.parts import PART, Part
+from llara_dist.ds_config import load_ds_config
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json
 
@@ -60,23 +61,39 @@ def pipeline_submissions(path: Path, out: Path, check: bool) -> list[Submission]
         InputError: a bad pipeline; an artifact under `out` was made with other options than the file's.
     """
     pipeline, out = read_pipeline(path), out.resolve()
-    due: list[str] = []
-    for name in pipeline.steps:
-        if is_done(name, pipeline, out) and not set(NEEDS[name]) & set(due):
-            say(f"{name}: done already")
-        else:
-            due.append(name)
     try:
+        due = steps_due(pipeline, out)
         for name in pipeline.steps:
             words = step_words(name, pipeline, out)
             if check and name != "train":
                 parse_options(FUNCTIONS[name], words)
             if name not in due:
-                require_same_settings(name, sha256_json(words), out)
+                require_same_settings(name, settings_hash(name, words), out)
+                say(f"{name}: done already")
         folders = dict(zip(due, records.next_folders(out, len(due)), strict=True))
         return [_submission(name, pipeline, out, folders, check) for name in due]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def steps_due(pipeline: Pipeline, out: Path) -> list[str]:
+    """The steps whose artifact is missing, and all that wait for one of them.
+
+    Raises:
+        InputError: an artifact is there whose input is to be made anew.
+    """
+    due: list[str] = []
+    for name in pipeline.steps:
+        anew = [need for need in NEEDS[name] if need in due]
+        done = is_done(name, pipeline, out)
+        # Evaluations and reports replace earlier ones.
+        if done and anew and name not in ("evaluate", "report"):
+            place = pipeline.artifact({"train": "run"}.get(name, name if name in MAKES else "shards"), out)
+            made_from = f"{place} was made from what {anew[0]} is to make anew"
+            raise InputError(f"steps.{name}: {made_from}; remove it, or choose another --out")
+        if anew or not done:
+            due.append(name)
+    return due
 
 
 def is_done(name: str, pipeline: Pipeline, out: Path) -> bool:
@@ -146,6 +163,14 @@ def require_same_settings(name: str, settings: str, out: Path) -> None:
         raise InputError(f"steps.{name}: done with other options already; remove what it made, or choose another --out")
 
 
+def settings_hash(name: str, words: list[str]) -> str:
+    """What a step's artifact depends on: its words; of `train` what they and the files that they name say."""
+    if name != "train":
+        return sha256_json(words)
+    config = parse_run(words)
+    return sha256_json([to_dict(dataclasses.replace(config, deepspeed=Path())), load_ds_config(config.deepspeed)])
+
+
 def parse_options(function: str, words: list[str]) -> None:
     """Parse a step's options as its command will.
 
@@ -188,7 +213,7 @@ def _submission(name: str, pipeline: Pipeline, out: Path, folders: Mapping[str, 
     step, words, folder = pipeline.steps[name], step_words(name, pipeline, out), folders[name]
     files: dict[str, str] = {}
     runs, array = {"": "."}, ""
-    settings = sha256_json(words)
+    settings = settings_hash(name, words)
     if name == "train":
         config = parse_run(words)
         config.require_inputs()

@@ -124,8 +124,8 @@ def parse_jobs(answer: str, folder: Path) -> list[JobState]:
     for line in answer.splitlines():
         if f" WorkDir={folder} " not in f"{line} ":
             continue
-        # No name or path stands before these fields, except the job's name, which is of our making.
-        fields = dict(re.findall(r"(?<!\S)(\w+)=(\S*)", line))
+        # The first of a name counts: a path that looks like a field comes after all that are read here.
+        fields = dict(reversed(re.findall(r"(?<!\S)(\w+)=(\S*)", line)))
         job_id = fields["JobId"]
         if "ArrayTaskId" in fields:
             tasks = fields["ArrayTaskId"].partition("%")[0]
