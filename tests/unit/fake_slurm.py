@@ -31,6 +31,8 @@ if kind == "sbatch":
     submitted = sum(json.loads(line)["name"] == "sbatch" and "--test-only" not in json.loads(line)["arguments"]
                     for line in (folder / "calls").read_text().splitlines())
     output = output or f"{100 + submitted}\\n"
+    if submitted >= answers["refuse_from"]:
+        code, output, error = 1, "", "sbatch: error: too many jobs\\n"
 if kind.startswith("job ") and kind not in answers:
     code, error = 1, "slurm_load_jobs error: Invalid job id specified\\n"
 sys.stdout.write(output)
@@ -52,6 +54,7 @@ class FakeSlurm:
         self._answers: dict[str, tuple[int, str, str]] = {
             "scontrol config": (0, "ClusterName             = fake\n", "")
         }
+        self._refuse_from = 1000
         (folder / "bin").mkdir(parents=True)
         (folder / "program.py").write_text(PROGRAM)
         words = [shlex.quote(word) for word in (sys.executable, str(folder / "program.py"), str(folder))]
@@ -65,7 +68,12 @@ class FakeSlurm:
     def answer(self, kind: str, code: int = 0, output: str = "", error: str = "") -> None:
         """What "sbatch", "sbatch --test-only", "squeue", "scancel", … or scontrol of "job 101" answer from now on."""
         self._answers[kind] = (code, output, error)
-        (self.folder / "answers").write_text(json.dumps(self._answers))
+        (self.folder / "answers").write_text(json.dumps({**self._answers, "refuse_from": self._refuse_from}))
+
+    def refuse_from(self, number: int) -> None:
+        """Let sbatch take fewer than so many jobs."""
+        self._refuse_from = number
+        self.answer("sbatch")
 
     def job(self, job_id: str, state: str, folder: Path, **fields: str) -> None:
         """Let the controller know a job."""
