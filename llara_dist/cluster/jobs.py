@@ -148,7 +148,8 @@ def cancel(run: Path) -> dict[str, Any]:
     if not jobs:
         raise InputError(f"{run}: no job was submitted for it")
     found = active(jobs)
-    ids = [state.job_id for _, state in found]
+    # The whole array, not its tasks as shown: long lists of them are cut short.
+    ids = list(dict.fromkeys(job.job_id or state.job_id for job, state in found))
     if ids:
         slurm.cancel(ids)
     for job, state in found:

@@ -28,6 +28,17 @@ def settings_files(config: RunConfig, folder: Path, suffix: str = "") -> dict[st
     }
 
 
+def require_own_folder(config: RunConfig) -> None:
+    """Refuse a folder that holds a run, unless the user said to go on from it: as a job it would.
+
+    Raises:
+        InputError: it does.
+    """
+    from llara_dist.training.preflight.examine import check_out
+
+    check_out(config)
+
+
 def check_run(config: RunConfig, resources: Resources) -> None:
     """What `preflight` can know on a machine that is not the one which computes.
 

@@ -11,7 +11,7 @@ from typing import Any
 from llara_dist.cluster import records, slurm
 from llara_dist.cluster.batch_script import INDEX, JobDescription, Resources, array_indices
 from llara_dist.cluster.pipeline import pipeline_submissions
-from llara_dist.cluster.run_settings import check_run, settings_files
+from llara_dist.cluster.run_settings import check_run, require_own_folder, settings_files
 from llara_dist.cluster.site import read_site
 from llara_dist.cluster.submission import Submission, checkout, enqueue
 from llara_dist.config import RunConfig
@@ -108,6 +108,7 @@ def run_submission(
     first = next(iter(runs.values()))
     for config in runs.values():
         config.require_inputs()
+        require_own_folder(config)
     if check:
         check_run(first, resources)
     # An array's job lies beside its runs.

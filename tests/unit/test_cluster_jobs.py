@@ -98,6 +98,14 @@ def test_cancel_ends_what_is_not_over_and_says_so(
         cancel(out)
 
 
+def test_an_array_is_cancelled_whole_and_its_task_alone(slurm: FakeSlurm, tmp_path: Path) -> None:
+    folder = add(tmp_path / "runs", record("7", **{"3": "seed-3", "4": "seed-4"}))
+    slurm.job("7", "PENDING", folder, ArrayJobId="7", ArrayTaskId="3-4%1")
+    slurm.job("7_4", "PENDING", folder, ArrayJobId="7", ArrayTaskId="4")
+    assert cancel(tmp_path / "runs")["cancelled"] == ["7"]
+    assert cancel(tmp_path / "runs" / "seed-4")["cancelled"] == ["7_4"]
+
+
 def test_a_task_of_an_array_and_a_step_of_a_pipeline_are_found_from_the_run(tmp_path: Path) -> None:
     add(tmp_path / "runs", record("7", **{"3": "seed-3", "4": "seed-4"}))
     add(tmp_path / "pipe", record("8", "prepare"))

@@ -13,7 +13,7 @@ from llara_dist import cli
 from llara_dist.cluster.records import jobs_of, read_record
 from llara_dist.cluster.slurm import parse_accounting, parse_jobs
 from llara_dist.config import run_config_from_dict
-from llara_dist.errors import InputError
+from llara_dist.errors import FindingsError, InputError
 from tests.unit.fake_slurm import FakeSlurm
 
 RUN = ["--model.path", "llm", "--data.shards", "shards", "--recommender.path", "rec", "--check", "false"]
@@ -141,6 +141,23 @@ def test_an_array_gives_every_index_its_settings_and_folder(slurm: FakeSlurm, tm
 def test_an_array_in_one_folder_is_refused(slurm: FakeSlurm, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--array 0-1: one folder, one run: put \{index\} into --out"):
         submit("--out", str(tmp_path / "run"), "--array", "0-1")
+
+
+def test_a_folder_that_holds_a_run_is_gone_on_from_only_if_asked(slurm: FakeSlurm, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds a run already; choose another --out, or go on with --resume auto"):
+        submit("--out", str(tmp_path / "run"))
+    submit("--out", str(tmp_path / "run"), "--resume", "auto")
+
+
+def test_what_preflight_finds_is_said_before_anything_is_queued(slurm: FakeSlurm, tmp_path: Path) -> None:
+    with pytest.raises(FindingsError) as caught:
+        submit("--out", str(tmp_path / "run"), "--check", "true", "--device", "cuda", "--nodes", "999")
+    checks = {finding.check for finding in caught.value.errors}
+    assert {"model", "shards", "item table", "ranks"} <= checks
+    assert "device" not in checks  # this machine's GPUs say nothing of the cluster's
+    assert slurm.calls("sbatch") == []
 
 
 def test_bad_options_of_the_job_are_named(slurm: FakeSlurm, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""`llara-dist report`: evaluated runs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llara_dist.config import RunConfig, to_dict
+from llara_dist.data.predictions import Predictions, write_predictions
+from llara_dist.errors import InputError
+from llara_dist.evaluation.compare_runs import report
+
+ROWS, CANDIDATES = 40, 5
+
+
+def write_run(run: Path, hits: int, rows: int = ROWS, folder: str = "test-hybrid") -> Path:
+    """A run and its evaluation, as far as the report reads them: the first rows are hits."""
+    candidates = np.tile(np.arange(CANDIDATES, dtype=np.int32), (rows, 1))
+    hit = np.arange(rows) < hits
+    predictions = Predictions(
+        keys=np.arange(rows, dtype=np.uint64),
+        targets=np.zeros(rows, dtype=np.int32),
+        candidates=candidates,
+        generated=["an answer"] * rows,
+        finished=np.ones(rows, dtype=bool),
+        exact_valid=np.ones(rows, dtype=bool),
+        exact_hit=hit,
+        published_valid=np.ones(rows, dtype=bool),
+        published_hit=hit,
+        log_likelihoods=None,
+        answer_tokens=None,
+    )
+    evaluation = run / "evaluation" / folder
+    evaluation.mkdir(parents=True)
+    write_predictions(evaluation / "predictions.parquet", predictions)
+    about = {"candidates": CANDIDATES, "form": "hybrid", "checkpoint": "last", "step": 2}
+    (evaluation / "metrics.json").write_text(json.dumps(about))
+    (run / "config.json").write_text(json.dumps(to_dict(RunConfig())))
+    steps = ({"step": step, "loss": 2.0 - step, "p": step, "hybrid_share": step} for step in range(2))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return run
+
+
+def test_runs_are_compared_with_each_other_and_with_chance(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "hybrid", 30), write_run(tmp_path / "text-only", 10)]
+    result = report(runs, tmp_path / "report.html")
+    pairs = [(pair["first"], pair["second"], pair["verdict"]) for pair in result["comparisons"]]
+    assert pairs == [("hybrid", "text-only", "ahead"), ("hybrid", "random", "ahead")]
+    assert result["arms"]["text-only"]["generated"]["hr@1"] == 0.25
+    assert result["arms"]["random"]["ranked"]["hr@1"] == pytest.approx(1 / CANDIDATES)
+    page = (tmp_path / "report.html").read_text()
+    assert "hybrid is ahead" in page
+    assert "Training loss" in page
+
+
+def test_runs_of_one_name_and_partial_evaluations_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / seed / "run", 20) for seed in ("a", "b")]
+    write_run(tmp_path / "c" / "run", 3, rows=8, folder="test-hybrid-first-8")
+    assert set(report(runs, tmp_path / "report.html")["arms"]) == {"random", "a/run", "b/run"}
+    with pytest.raises(InputError, match=r"c/run: no evaluation of the test split; `llara-dist evaluate"):
+        report([tmp_path / "c" / "run"], tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_runs_of_different_rows_are_refused(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "one", 3), write_run(tmp_path / "two", 3, rows=9)]
+    with pytest.raises(InputError, match=r"--runs: .*holds other rows"):
+        report(runs, tmp_path / "report.html")
