@@ -23,6 +23,8 @@ INDEX = "{index}"
 """In an array's command and paths: the task's index."""
 SCRIPT = "job.sbatch"
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,@%+=-]*")
+_UNSAYABLE = re.compile("[\n\0\ud800-\udfff]")
+"""Also surrogates: bytes of a path that are no UTF-8."""
 _RUNS = frozenset({"train", "evaluate"})
 """Commands that every task of the job runs."""
 
@@ -103,8 +105,8 @@ class JobDescription:
         if self.signal_s < 0 or self.signal_s > 65535:
             raise InputError(f"signal_s={self.signal_s}: Slurm takes 0 to 65535 seconds")
         for word in (*self.command, str(self.folder), str(self.directory)):
-            if "\n" in word or "\0" in word:
-                raise InputError(f"{word!r}: a line break or zero byte cannot be part of a job's command or folder")
+            if _UNSAYABLE.search(word):
+                raise InputError(f"{word!r}: a job's command and folder must be one line of UTF-8 without zero bytes")
 
         if not self.is_run and self.resources.most_nodes > 1:
             raise InputError(f"nodes={self.resources.nodes}: `llara-dist {self.command[0]}` is one process on one node")

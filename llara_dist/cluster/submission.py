@@ -72,7 +72,7 @@ def enqueue(
             made.append(submission.job.folder)
         for submission in submissions:
             submitted[submission.step] = _submit(submission, site, environment, cluster, submitted)
-    except InputError:
+    except (InputError, OSError):
         if submitted:
             slurm.cancel(list(submitted.values()))
         for folder in made:

@@ -105,12 +105,11 @@ def run_submission(
     for out in outs.values():
         if slurm.is_here():
             records.require_no_active(out)
-    first = next(iter(runs.values()))
     for config in runs.values():
         config.require_inputs()
         require_own_folder(config)
     if check:
-        check_run(first, resources)
+        check_run(next(iter(runs.values())), resources)
     # An array's job lies beside its runs.
     base = Path(os.path.commonpath([out.parent for out in outs.values()])) if array else outs[""]
     folder = records.next_folders(base, 1)[0]
@@ -119,6 +118,7 @@ def run_submission(
         suffix = f"-{index}" if index else ""
         files |= settings_files(config, folder, suffix)
     command = ("train", "--config", str(folder / (f"run-{INDEX}.yaml" if array else "run.yaml")), "--resume", "auto")
-    name = job_name or (base.name if not array else f"{base.name}-{first.out.name}")
-    job = JobDescription(name, command, folder, Path.cwd(), resources, array, signal_s, source=checkout())
+    job = JobDescription(
+        job_name or base.name, command, folder, Path.cwd(), resources, array, signal_s, source=checkout()
+    )
     return Submission(job, "train", {index: os.path.relpath(out, base) for index, out in outs.items()}, files)

@@ -150,9 +150,13 @@ def test_bad_resources_are_named(values: dict[str, object], message: str) -> Non
         Resources(**values)  # pyright: ignore[reportArgumentType]
 
 
-def test_line_breaks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a line break or zero byte"):
-        job(tmp_path, "train", "--out", "a\n#SBATCH --partition=x")
+@pytest.mark.parametrize("word", ["a\n#SBATCH --partition=x", "a\0b", os.fsdecode(b"a\xff")])
+def test_what_no_script_can_say_is_refused(word: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one line of UTF-8 without zero bytes"):
+        job(tmp_path, "train", "--out", word)
+
+
+def test_line_breaks_in_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a line break"):
         script_text(job(tmp_path), Site(sbatch=("--comment=a\nrm",)))
 
