@@ -72,16 +72,15 @@ def submit(
     site = read_site()
     if not dry_run and not slurm.is_here():
         slurm.cluster_name()  # says what is missing
+    resources = Resources(nodes, gpus_per_node, cpus_per_task, mem, time, partition, account, qos, constraint)
     if pipeline is not None:
-        if array or dataclasses.replace(config, out=Path()) != RunConfig(out=Path()):
-            raise InputError(
-                f"--pipeline {pipeline}: settings and --array belong to its steps; beside it give --out alone"
-            )
+        given = (dataclasses.replace(config, out=Path()), resources, array, job_name, signal_s)
+        if given != (RunConfig(out=Path()), Resources(gpus_per_node=1), "", "", 300):
+            raise InputError(f"--pipeline {pipeline}: settings and resources belong to its steps; give --out alone")
         if slurm.is_here():
             records.require_no_active(config.out)
         submissions = pipeline_submissions(pipeline, config.out, check)
     else:
-        resources = Resources(nodes, gpus_per_node, cpus_per_task, mem, time, partition, account, qos, constraint)
         submissions = [run_submission(runs or {"": config}, resources, array, job_name, signal_s, check)]
     return enqueue(submissions, site, environment, dry_run)
 

@@ -82,18 +82,17 @@ def _names(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _evaluations(run: Path, split: str) -> list[Path]:
-    """The run's evaluations of a whole split, by name.
+    """The run's evaluations of a split, by name: of the whole split where there are any, else of its first rows.
 
     Raises:
         InputError: there is none.
     """
     found = sorted(path.parent for path in (run / "evaluation").glob(f"{split}-*/metrics.json"))
-    whole = [path for path in found if "-first-" not in path.name]
-    if not whole:
+    if not found:
         raise InputError(
             f"{run}: no evaluation of the {split} split; `llara-dist evaluate --run {run} --split {split}`"
         )
-    return whole
+    return [path for path in found if "-first-" not in path.name] or found
 
 
 def _arms(run: Path, name: str, split: str) -> list[Arm]:

@@ -56,12 +56,22 @@ def test_runs_are_compared_with_each_other_and_with_chance(tmp_path: Path) -> No
     assert "Training loss" in page
 
 
-def test_runs_of_one_name_and_partial_evaluations_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / seed / "run", 20) for seed in ("a", "b")]
-    write_run(tmp_path / "c" / "run", 3, rows=8, folder="test-hybrid-first-8")
     assert set(report(runs, tmp_path / "report.html")["arms"]) == {"random", "a/run", "b/run"}
-    with pytest.raises(InputError, match=r"c/run: no evaluation of the test split; `llara-dist evaluate"):
-        report([tmp_path / "c" / "run"], tmp_path / "none.html")
+
+
+def test_an_evaluation_of_the_first_rows_counts_only_where_there_is_no_whole_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3, rows=8, folder="test-hybrid-first-8")
+    assert report([run], tmp_path / "report.html")["arms"]["run"]["rows"] == 8
+    write_run(run, 30)
+    assert report([run], tmp_path / "report.html")["arms"]["run"]["rows"] == ROWS
+
+
+def test_a_run_that_was_not_evaluated_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3, folder="val-hybrid")
+    with pytest.raises(InputError, match=r"/run: no evaluation of the test split; `llara-dist evaluate --run .*/run "):
+        report([run], tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
 
 

@@ -179,6 +179,7 @@ def test_options_are_parsed_before_anything_is_queued(
     assert "\n" not in str(caught.value)
 
 
-def test_settings_beside_a_pipeline_are_refused(slurm: FakeSlurm, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="settings and --array belong to its steps"):
-        cli.run_command("submit", ["--pipeline", str(EXAMPLE), "--out", str(tmp_path), "--seed", "3"])
+@pytest.mark.parametrize("options", [("--seed", "3"), ("--nodes", "2"), ("--array", "0-1"), ("--signal_s", "60")])
+def test_settings_beside_a_pipeline_are_refused(options: tuple[str, str], slurm: FakeSlurm, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="settings and resources belong to its steps"):
+        cli.run_command("submit", ["--pipeline", str(EXAMPLE), "--out", str(tmp_path), *options])
