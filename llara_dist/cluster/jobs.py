@@ -113,7 +113,10 @@ def logs(run: Path, rank: int | None = None, follow: bool = False, lines: int = 
         raise InputError(f"--lines {lines}: must not be negative")
     jobs = jobs_of(run)
     if rank is not None:
-        path = run / "logs" / f"rank-{rank:05d}.log"
+        # From a pipeline's folder, its run's rank is meant.
+        folders = [run, *(folder for job in reversed(jobs) for folder in job.runs)]
+        places = [folder / "logs" / f"rank-{rank:05d}.log" for folder in folders]
+        path = next((place for place in places if place.is_file()), places[0])
         missing = f"{path}: not found; the run has no rank {rank}, or has not started yet"
     else:
         if not jobs:

@@ -63,17 +63,17 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def submit(script: Path, options: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str]:
-    """Submit a batch script; returns the job's id and the cluster, "" where sbatch does not name it.
+def submit(script: Path, options: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Submit a batch script; returns the job's id.
 
     Raises:
         InputError: Slurm refuses; its words.
     """
     answer = _ask("sbatch", "--parsable", *options, str(script), environment=environment)
-    number, _, cluster = answer.strip().splitlines()[-1].partition(";")
+    number = answer.strip().splitlines()[-1].partition(";")[0]  # the cluster's name may follow
     if not number.isdecimal():
         raise InputError(f"sbatch: answered {answer.strip()!r}, expected a job's id")
-    return number, cluster
+    return number
 
 
 def validate(script: str, options: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def enqueue(
     for submission in submissions:
         look_at(submission, site, environment, dry_run)
     if dry_run:
-        return {"jobs": [{"id": "", **_shown(submission)} for submission in submissions]}
+        return {"jobs": [_shown(submission, "") for submission in submissions]}
     cluster = slurm.cluster_name()
     submitted: dict[str, str] = {}
     made: list[Path] = []
@@ -71,14 +71,20 @@ def enqueue(
             records.make_folder(submission.job.folder)
             made.append(submission.job.folder)
         for submission in submissions:
-            submitted[submission.step] = _submit(submission, site, environment, cluster, submitted)
+            record = _write(submission, site, cluster, submitted)
+            folder = submission.job.folder
+            job_id = submitted[submission.step] = slurm.submit(submission.job.script, record.sbatch, environment)
+            records.write_record(folder, dataclasses.replace(record, job_id=job_id))
     except (InputError, OSError):
         if submitted:
             slurm.cancel(list(submitted.values()))
         for folder in made:
             records.remove_folder(folder)
         raise
-    return {"jobs": [{"id": submitted[submission.step], **_shown(submission)} for submission in submissions]}
+    shown = [_shown(submission, submitted[submission.step]) for submission in submissions]
+    for job in shown:
+        say(f"{job['step']}: job {job['id']}, script {job['script']}, output {job['output']}")
+    return {"jobs": shown}
 
 
 def look_at(submission: Submission, site: Site, environment: Mapping[str, str], show: bool) -> None:
@@ -99,14 +105,12 @@ def look_at(submission: Submission, site: Site, environment: Mapping[str, str], 
             say(f"# {answer.strip()}\n")
 
 
-def _submit(
-    submission: Submission, site: Site, environment: Mapping[str, str], cluster: str, submitted: Mapping[str, str]
-) -> str:
+def _write(submission: Submission, site: Site, cluster: str, submitted: Mapping[str, str]) -> JobRecord:
+    """Write a job's folder, in which only the job's id is missing; returns the record."""
     job = dataclasses.replace(submission.job, after=tuple(submitted[step] for step in submission.job.after))
-    options = sbatch_options(job, site)
     for name, text in {**submission.files, "site.yaml": site.to_yaml()}.items():
         write_file(job.folder / name, text)
-    write_file(job.script, os.fsencode(script_text(job, site)))
+    write_file(job.script, script_text(job, site))
     record = JobRecord(
         job_id="",
         cluster=cluster,
@@ -114,17 +118,20 @@ def _submit(
         command=job.command,
         runs=dict(submission.runs),
         output=job.output,
-        sbatch=tuple(options),
+        sbatch=tuple(sbatch_options(job, site)),
         settings=submission.settings,
         submitted_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     records.write_record(job.folder, record)
-    job_id, _ = slurm.submit(job.script, options, environment)
-    records.write_record(job.folder, dataclasses.replace(record, job_id=job_id))
-    say(f"{submission.step}: job {job_id}, script {job.script}, output {job.folder / job.output}")
-    return job_id
+    return record
 
 
-def _shown(submission: Submission) -> dict[str, str]:
+def _shown(submission: Submission, job_id: str) -> dict[str, str]:
     job = submission.job
-    return {"step": submission.step, "script": str(job.script), "output": str(job.folder / job.output)}
+    output = re.sub("%[jA]", lambda _: job_id, job.output) if job_id else job.output
+    return {
+        "id": job_id,
+        "step": submission.step,
+        "script": str(job.script),
+        "output": str(job.folder / output),
+    }

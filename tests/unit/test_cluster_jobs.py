@@ -159,6 +159,9 @@ def test_logs_show_the_end_of_the_newest_output(
     (out / "logs" / "rank-00017.log").write_text("of rank 17\n")
     logs(out, rank=17, lines=0)
     assert capsys.readouterr().out.endswith("of rank 17\n")
+    add(tmp_path / "pipe", record("7", **{"": "../run"}))
+    logs(tmp_path / "pipe", rank=17, lines=0)
+    assert capsys.readouterr().out.endswith("of rank 17\n")
     with pytest.raises(InputError, match="--lines -1"):
         logs(out, lines=-1)
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from llara_dist import cli
-from llara_dist.cluster.records import jobs_of, read_record
+from llara_dist.cluster import records
+from llara_dist.cluster.records import JobRecord, jobs_of, read_record
 from llara_dist.cluster.slurm import parse_accounting, parse_jobs
 from llara_dist.config import run_config_from_dict
 from llara_dist.errors import FindingsError, InputError
@@ -93,6 +94,20 @@ def test_when_slurm_refuses_nothing_is_left(slurm: FakeSlurm, tmp_path: Path, ki
     slurm.answer(kind, 1, error="sbatch: error: invalid partition specified: x\nallocation failure: no\n")
     with pytest.raises(InputError, match=r"^sbatch: .*invalid partition specified: x; allocation failure: no$"):
         submit("--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_that_cannot_be_recorded_is_cancelled(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, record: JobRecord) -> None:
+        if record.job_id:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_record", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit("--out", str(tmp_path / "run"))
+    assert [call["arguments"] for call in slurm.calls("scancel")] == [["101"]]
     assert not (tmp_path / "run").exists()
 
 
