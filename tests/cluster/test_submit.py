@@ -162,7 +162,9 @@ def test_a_pipeline_from_nothing_to_its_report(slurm: Slurm, command: Command, i
     jobs = {job["step"]: job["id"] for job in result(command(*words))["jobs"]}
     assert list(jobs) == ["prepare", "recommender", "shards", "merge", "train", "evaluate", "report"]
     assert command(*words).returncode == 2  # they are under way
-    assert slurm.end(jobs["report"]) == "COMPLETED", command("status", out).stdout + command("logs", out).stdout
+    assert slurm.end(jobs["report"], limit_s=480) == "COMPLETED", (
+        command("status", out).stdout + command("logs", out).stdout
+    )
     assert "HR@1" in (out / "report.html").read_text()
     assert len(result(command("status", out, "--json"))["jobs"]) == 8  # two of them parts of the shards
 
