@@ -17,6 +17,7 @@ from llara_dist.cluster.records import Job, active, jobs_of, states_of
 from llara_dist.cluster.slurm import JobState
 from llara_dist.console import say, table
 from llara_dist.errors import InputError
+from llara_dist.supervision.rank_logs import log_path
 from llara_dist.supervision.rank_status import read_statuses
 
 LOOK_S = 1.0
@@ -115,7 +116,7 @@ def logs(run: Path, rank: int | None = None, follow: bool = False, lines: int = 
     if rank is not None:
         # From a pipeline's folder, its run's rank is meant.
         folders = [run, *(folder for job in reversed(jobs) for folder in job.runs)]
-        places = [folder / "logs" / f"rank-{rank:05d}.log" for folder in folders]
+        places = [log_path(folder, rank) for folder in folders]
         path = next((place for place in places if place.is_file()), places[0])
         missing = f"{path}: not found; the run has no rank {rank}, or has not started yet"
     else:

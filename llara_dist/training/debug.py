@@ -15,6 +15,7 @@ from llara_dist.distributed import World
 from llara_dist.errors import InputError
 from llara_dist.stream.batch import Batch
 from llara_dist.stream.loader import Step
+from llara_dist.supervision.rank_logs import LOGS
 from llara_dist.supervision.rank_status import RANKS
 from llara_dist.training.engine import StepResult
 from llara_dist.training.memory import peak_memory_mib
@@ -89,8 +90,11 @@ def clear(out: Path) -> None:
 
 
 def _left_in(out: Path) -> list[Path]:
-    """What lies in a folder but the run's lock and its ranks' signs of life."""
-    return [path for path in out.iterdir() if path.name != RANKS and not path.name.startswith(("lock-", ".lock."))]
+    """What lies in a folder but the run's lock and its ranks' signs of life and logs."""
+    watched = (RANKS, LOGS)
+    return [
+        path for path in out.iterdir() if path.name not in watched and not path.name.startswith(("lock-", ".lock."))
+    ]
 
 
 def describe_sample(batch: Batch, index: int, tokenizer: object) -> tuple[str, list[str]]:
