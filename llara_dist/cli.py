@@ -163,6 +163,11 @@ COMMANDS = {
         "a run on the terminal, live: how far, how fast, and its ranks, the slow, stuck and silent ones first",
         "llara-dist top runs/movielens",
     ),
+    "doctor": Command(
+        "llara_dist.doctor.command:doctor",
+        "whether this machine, or every node of a job, will carry a run: drivers, libraries, links, folders, Slurm",
+        "srun --ntasks-per-node 8 llara-dist doctor --shards shards/out/movielens --out runs/movielens",
+    ),
     "evaluate": Command(
         "llara_dist.evaluation.evaluate:evaluate",
         "generate answers and rank candidates: HitRatio@1, valid ratio, HR@k, NDCG@k, with intervals",

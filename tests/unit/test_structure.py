@@ -37,9 +37,9 @@ OWNERS = {
     "pyarrow": {"data", "stream"},
     "webdataset": {"data", "stream"},
     "peft": {"model"},
-    "bitsandbytes": {"model"},
+    "bitsandbytes": {"model", "doctor"},
     "triton": {"model"},
-    "deepspeed": {"training", "distributed"},
+    "deepspeed": {"training", "distributed", "doctor"},
     "fsspec": {"stream"},
     "aiohttp": {"stream"},
 }
