@@ -1,1 +1,1 @@
-"""Jobs of a Slurm cluster: writing, submitting and following them, and what runs inside one."""
+"""Runs on several hosts: jobs of a Slurm cluster, and launches over ssh."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llara_dist.cli import spell_switches
+from llara_dist.cli import normalise, switches_of
 from llara_dist.doctor import base_model, command, shards
 from tests.runs import ROOT
 from tests.servers import FaultyServer
@@ -121,8 +121,9 @@ def test_the_model_folder(inputs: Path, tmp_path: Path) -> None:
 
 def test_a_switch_needs_no_value() -> None:
     given = ["--quick", "--out", "runs", "--json", "--quick", "false"]
-    assert spell_switches(command.doctor, given) == ["--quick=true", *given[1:]]
-    assert spell_switches(command.doctor, ["--out", "runs", "--quick"])[-1] == "--quick=true"
+    switches = switches_of(command.doctor)
+    assert normalise("doctor", given, switches) == ["--quick=true", *given[1:]]
+    assert normalise("doctor", ["--out", "runs", "--quick"], switches)[-1] == "--quick=true"
 
 
 @pytest.mark.long
