@@ -245,10 +245,9 @@ def normalise(name: str, arguments: list[str], switches: Collection[str] = ()) -
     first = next((place for place, argument in enumerate(spelled) if argument != "--json"), None)
     if name in POSITIONAL and first is not None and not spelled[first].startswith("-"):
         spelled.insert(first, f"--{POSITIONAL[name]}")
-    following = [*spelled[1:], "--"]
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(spelled, following, strict=True)
+        for word, after in zip(spelled, [*spelled[1:], "--"], strict=False)  # no word: nothing follows
     ]
 
 

@@ -120,10 +120,12 @@ def test_the_model_folder(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_switch_needs_no_value() -> None:
-    given = ["--quick", "--out", "runs", "--json", "--quick", "false"]
     switches = switches_of(command.doctor)
+    assert switches == {"--quick"}
+    given = ["--quick", "--out", "runs", "--json", "--quick", "false"]
     assert normalise("doctor", given, switches) == ["--quick=true", *given[1:]]
     assert normalise("doctor", ["--out", "runs", "--quick"], switches)[-1] == "--quick=true"
+    assert normalise("doctor", [], switches) == []
 
 
 @pytest.mark.long
