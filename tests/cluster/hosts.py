@@ -91,8 +91,10 @@ class Host:
         ssh = Path("/root/.ssh")
         ssh.mkdir(mode=0o700, exist_ok=True)
         self.check(
-            f"hostname {self.name} && mount --bind {self._folder}/hosts /etc/hosts && mount -t tmpfs run /run && "
-            f"mkdir -p /run/sshd /run/munge && mount --bind {self.home} {ssh}"
+            f"hostname {self.name} && mount -t tmpfs run /run && mkdir -p /run/sshd /run/munge /run/etc && "
+            # All of /etc: a mount over one file goes away when somebody puts another file in its place.
+            f"cp -a /etc/. /run/etc && cp {self._folder}/hosts /run/etc/hosts && mount --bind /run/etc /etc && "
+            f"mount --bind {self.home} {ssh}"
         )
 
     @property
@@ -109,8 +111,9 @@ class Host:
         """
         assert self.is_up, f"{self.name} is down"
         environment = options.pop("env", None)
+        place = options.pop("cwd", os.getcwd())  # to enter a mount namespace is to stand at its root
         return subprocess.Popen(
-            [*_enter(self._init, "net", "mount", "uts", "pid"), *map(str, command)],
+            [*_enter(self._init, "net", "mount", "uts", "pid"), "env", "-C", str(place), *map(str, command)],
             env=clean_environment(environment),
             text=True,
             start_new_session=True,
