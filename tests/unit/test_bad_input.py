@@ -190,7 +190,7 @@ def test_ds_configs_of_the_checkout_are_found_from_any_folder(tmp_path: Path, mo
 
 
 def test_every_command_has_help_with_an_example(capsys) -> None:
-    from llara_dist.cli import COMMANDS
+    from llara_dist.commands import COMMANDS
 
     for name, command in COMMANDS.items():
         with pytest.raises(SystemExit) as stop:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "llara_dist"
-FOUNDATION = {"errors", "hashing", "integrity", "console"}
+FOUNDATION = {"errors", "hashing", "integrity", "console", "commands"}
 ORDER = [
     "config",
     "ds_config",
