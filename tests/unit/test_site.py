@@ -69,3 +69,15 @@ def test_a_wrong_field_is_named_with_its_file(text: str, message: str) -> None:
     assert str(caught.value).startswith("site.yaml: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_example_is_a_site_file_as_it_stands_and_with_its_comments_taken_off() -> None:
+    path = Path(__file__).parents[2] / "launch" / "site.example.yaml"
+    assert read_site(path).setup == ("module load cuda",)
+    text = path.read_text()
+    for name in ("qos", "constraint", "python"):
+        text = text.replace(f"# {name}:", f"{name}:")
+    text = text.replace("# container:", "container:").replace("#   command:", "  command:")
+    whole = parse_site(text, "example")
+    assert whole.container.command[0] == "apptainer"
+    assert whole.constraint == "h100"
