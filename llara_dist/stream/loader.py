@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -229,7 +230,16 @@ class StepLoader:
             # spawn: the parent may hold a CUDA context, communication threads and Arrow's pools.
             multiprocessing_context="spawn",
         )
-        for step in loader:
-            if isinstance(step, InputError):
-                raise step
-            yield step
+        steps = iter(loader)
+        # Whoever leaves Python with an error that nobody caught still holds the loader: multiprocessing would send the
+        # workers a SIGTERM, which they outlive, and wait for them.
+        end: Callable[[], None] = steps._shutdown_workers  # pyright: ignore[reportAttributeAccessIssue]
+        atexit.register(end)
+        try:
+            for step in steps:
+                if isinstance(step, InputError):
+                    raise step
+                yield step
+        finally:
+            end()
+            atexit.unregister(end)
