@@ -130,7 +130,7 @@ class JobDescription:
 
 
 def sbatch_options(job: JobDescription, site: Site) -> list[str]:
-    """All options of sbatch, each one word "--name=value"; the site's own come last.
+    """All options of sbatch, each one word "--name=value"; the site's own come before what is asked for, which wins.
 
     Raises:
         InputError: one holds a line break.
@@ -144,6 +144,7 @@ def sbatch_options(job: JobDescription, site: Site) -> list[str]:
         "--requeue",
         f"--nodes={asked.nodes}",
         f"--ntasks-per-node={asked.tasks_per_node if job.is_run else 1}",
+        *site.sbatch,
     ]
     for name in ("partition", "account", "qos", "constraint"):
         value = getattr(asked, name) or getattr(site, name)
@@ -158,7 +159,6 @@ def sbatch_options(job: JobDescription, site: Site) -> list[str]:
     options += [f"--array={job.array}"] if job.array else []
     if job.after:
         options += [f"--dependency=afterok:{':'.join(job.after)}", "--kill-on-invalid-dep=yes"]
-    options += site.sbatch
     for option in options:
         if "\n" in option:
             raise InputError(f"{option!r}: a line break cannot be part of an option of sbatch")

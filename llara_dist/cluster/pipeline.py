@@ -145,11 +145,16 @@ def step_words(name: str, pipeline: Pipeline, out: Path) -> list[str]:
     }[name]
     if name == "report" and ("prepare" in pipeline.steps or "data" in pipeline.given):
         fixed["data"] = data
-    for option in step.options:
+    options = dict(step.options)
+    if name == "report" and "evaluate" in pipeline.steps:
+        split = pipeline.steps["evaluate"].options.get("split", "test")
+        if options.setdefault("split", split) != split:
+            raise InputError(f"steps.report.options.split: {options['split']}, but steps.evaluate does {split}")
+    for option in options:
         if option in fixed:
             raise InputError(f"steps.{name}.options.{option}: the pipeline sets it; leave it out")
     files = [f"--config={file}" for file in step.config]
-    return files + [f"--{option}={_word(value)}" for option, value in {**step.options, **fixed}.items()]
+    return files + [f"--{option}={_word(value)}" for option, value in {**options, **fixed}.items()]
 
 
 def require_same_settings(name: str, settings: str, out: Path) -> None:

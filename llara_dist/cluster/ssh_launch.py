@@ -36,7 +36,7 @@ from llara_dist.errors import (
 
 CARRIED = (
     *("PYTHON", "OMP_", "MKL_", "TOKENIZERS_", "TORCH", "CUDA_", "NCCL", "GLOO_", "UCX", "FI_", "TRITON", "DS_"),
-    *("HF_", "TRANSFORMERS_", "AWS_", "FSSPEC_", "MLFLOW", "LLARA_DIST_", "LD_LIBRARY_PATH", "PATH"),
+    *("HF_", "TRANSFORMERS_", "AWS_", "FSSPEC_", "MLFLOW", "WANDB_", "LLARA_DIST_", "LD_LIBRARY_PATH", "PATH"),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
 """Variables whose names begin so travel to every host."""
@@ -150,9 +150,12 @@ async def _run(connections: Connections, hosts: Mapping[str, Slots], start: Star
             killed = True
             connections.kill()
 
+    # Under nohup the end of the terminal is no request to stop.
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    listened = (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
     async with connections:
         tasks = start.tasks(hosts, checked(await connections.ask(), describe()))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in listened:
             asyncio.get_running_loop().add_signal_handler(number, interrupt, number)
         connections.start(tasks)
         codes = await connections.ends(harmless=(0, EXIT_REQUEUE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -75,10 +76,13 @@ def enqueue(
             folder = submission.job.folder
             job_id = submitted[submission.step] = slurm.submit(submission.job.script, record.sbatch, environment)
             records.write_record(folder, dataclasses.replace(record, job_id=job_id))
-    except (InputError, OSError):
-        if submitted:
-            slurm.cancel(list(submitted.values()))
+    except BaseException:  # Ctrl-C as well: no half of a pipeline stays queued
+        # What went wrong first is what is said. A busy controller may have taken a job without saying so.
         for folder in made:
+            with contextlib.suppress(InputError):
+                if queued := {*submitted.values(), *slurm.jobs_in(folder)}:
+                    slurm.cancel(sorted(queued))
+            submitted.clear()
             records.remove_folder(folder)
         raise
     shown = [_shown(submission, submitted[submission.step]) for submission in submissions]
@@ -108,8 +112,11 @@ def look_at(submission: Submission, site: Site, environment: Mapping[str, str], 
 def _write(submission: Submission, site: Site, cluster: str, submitted: Mapping[str, str]) -> JobRecord:
     """Write a job's folder, in which only the job's id is missing; returns the record."""
     job = dataclasses.replace(submission.job, after=tuple(submitted[step] for step in submission.job.after))
-    for name, text in {**submission.files, "site.yaml": site.to_yaml()}.items():
+    for name, text in submission.files.items():
         write_file(job.folder / name, text)
+    site_file = job.folder / "site.yaml"
+    site_file.touch(mode=0o600)  # its variables may be secrets, and run folders are shared
+    site_file.write_text(site.to_yaml(), encoding="utf-8")
     write_file(job.script, script_text(job, site))
     record = JobRecord(
         job_id="",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from llara_dist.cluster.pipeline import pipeline_submissions
 from llara_dist.cluster.run_settings import check_run, require_own_folder, settings_files
 from llara_dist.cluster.site import read_site
 from llara_dist.cluster.submission import Submission, checkout, enqueue
-from llara_dist.config import RunConfig
+from llara_dist.config import RunConfig, to_dict
 from llara_dist.errors import InputError
 
 
@@ -108,7 +109,10 @@ def run_submission(
         config.require_inputs()
         require_own_folder(config)
     if check:
-        check_run(next(iter(runs.values())), resources)
+        # Of an array's runs those that differ in more than folder and seed.
+        different = {json.dumps(to_dict(dataclasses.replace(c, out=Path(), seed=0))): c for c in runs.values()}
+        for config in different.values():
+            check_run(config, resources)
     # An array's job lies beside its runs.
     base = Path(os.path.commonpath([out.parent for out in outs.values()])) if array else outs[""]
     folder = records.next_folders(base, 1)[0]

@@ -16,6 +16,8 @@ from llara_dist.training.preflight.versions import versions
 
 SHOWN = ("lora", "projector", "curriculum", "optimizer", "data")
 """sections of a run's settings on the page"""
+BASELINES = (RANDOM := "random", RECOMMENDER := "recommender")
+"""arms that are no run"""
 
 
 def report(
@@ -49,7 +51,7 @@ def report(
     arms = [random_arm(evaluated[0].keys, shown)]
     if data is not None:
         weights = Path(configs[runs[0]]["recommender"]["path"])
-        arms.append(recommender_arm("recommender", "the frozen recommender alone", data, weights, split))
+        arms.append(recommender_arm(RECOMMENDER, "the frozen recommender alone", data, weights, split))
     first, *others = [arm.name for arm in evaluated]
     comparisons = [(first, name) for name in (*others, *(arm.name for arm in arms))]
     rows = len(evaluated[0].keys)
@@ -73,12 +75,22 @@ def report(
 
 
 def _names(runs: Sequence[Path]) -> dict[Path, str]:
-    """A short name for each run: its folder's, with the one above where two would be the same."""
-    short = [run.resolve().name for run in runs]
-    return {
-        run: name if short.count(name) == 1 else f"{run.resolve().parent.name}/{name}"
-        for run, name in zip(runs, short, strict=True)
-    }
+    """A short name for each run, no two the same: its folder's, with as many of those above as that takes.
+
+    Raises:
+        InputError: a folder is given twice.
+    """
+    paths = [run.resolve() for run in runs]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise InputError(f"--runs: {runs[place]}: given twice; name each run once")
+    lengths = [1] * len(paths)
+    while True:
+        names = [str(Path(*path.parts[-length:])) for path, length in zip(paths, lengths, strict=True)]
+        unclear = [names.count(name) > 1 or name in BASELINES for name in names]
+        if not any(unclear):
+            return dict(zip(runs, names, strict=True))
+        lengths = [length + more for length, more in zip(lengths, unclear, strict=True)]
 
 
 def _evaluations(run: Path, split: str) -> list[Path]:

@@ -86,9 +86,11 @@ def write_report(
         What the page says in numbers: "findings" (sentences), "arms", "comparisons".
 
     Raises:
-        ValueError: arms of different rows, or a comparison of an arm that is not there.
+        ValueError: arms of different rows, two of one name, or a comparison of an arm that is not there.
     """
     by_name = {arm.name: arm for arm in arms}
+    if len(by_name) < len(arms):
+        raise ValueError(f"arms of the same name: {', '.join(arm.name for arm in arms)}")
     for arm in arms:
         if not np.array_equal(arm.keys, arms[0].keys):
             raise ValueError(f"arm {arm.name!r} holds other rows than {arms[0].name!r}; they cannot be compared")

@@ -117,6 +117,9 @@ def test_resources_become_options(tmp_path: Path) -> None:
     expected = ["--nodes=2-4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--mem=900G"]
     expected += ["--time=1-12:00:00", "--partition=big", "--qos=q", "--account=mine", "--signal=B:USR1@300"]
     assert set(expected) <= set(options)
+    sites = sbatch_options(description, Site(sbatch=("--time=9:00", "--exclusive")))
+    assert sites.index("--time=9:00") < sites.index("--time=1-12:00:00")  # the last one holds
+    assert "--exclusive" in sites
     assert "--gres=gpu:8" in sbatch_options(description, Site(gpus="gres"))
     assert not [option for option in sbatch_options(description, Site(gpus="none")) if "gpu" in option]
 

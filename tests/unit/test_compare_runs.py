@@ -61,6 +61,16 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert set(report(runs, tmp_path / "report.html")["arms"]) == {"random", "a/run", "b/run"}
 
 
+def test_names_grow_until_no_two_are_the_same_and_none_is_a_baselines(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / place, hits) for place, hits in (("a/s/run", 30), ("b/s/run", 10), ("x/random", 20))]
+    result = report(runs, tmp_path / "report.html")
+    assert set(result["arms"]) == {"random", "a/s/run", "b/s/run", "x/random"}
+    found = {name: arm["generated"]["hr@1"] for name, arm in result["arms"].items() if name != "random"}
+    assert found == {"a/s/run": 0.75, "b/s/run": 0.25, "x/random": 0.5}
+    with pytest.raises(InputError, match="given twice"):
+        report([runs[0], tmp_path / "a" / ".." / "a" / "s" / "run"], tmp_path / "report.html")
+
+
 def test_an_evaluation_of_the_first_rows_counts_only_where_there_is_no_whole_one(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 3, rows=8, folder="test-hybrid-first-8")
     assert report([run], tmp_path / "report.html")["arms"]["run"]["rows"] == 8

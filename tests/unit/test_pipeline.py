@@ -58,6 +58,19 @@ def test_the_example_becomes_jobs_that_wait_for_each_other(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_the_report_shows_the_split_that_is_evaluated(tmp_path: Path) -> None:
+    steps = yaml.safe_load(EXAMPLE.read_text())
+    steps["steps"]["evaluate"]["options"]["split"] = "val"
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(steps))
+    jobs = {submission.step: submission.job for submission in pipeline_submissions(path, tmp_path / "out", check=True)}
+    assert "--split=val" in jobs["report"].command
+    steps["steps"]["report"] = {"options": {"split": "test"}}
+    path.write_text(yaml.safe_dump(steps))
+    with pytest.raises(InputError, match=r"steps.report.options.split: test, but steps.evaluate does val"):
+        pipeline_submissions(path, tmp_path / "out", check=True)
+
+
 def test_jobs_depend_on_the_ids_of_those_before(slurm: FakeSlurm, tmp_path: Path) -> None:
     cli.run_command("submit", ["--pipeline", str(EXAMPLE), "--out", str(tmp_path / "out"), "--check", "false"])
     queued = [call["arguments"] for call in slurm.calls("sbatch") if "--test-only" not in call["arguments"]]

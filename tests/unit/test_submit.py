@@ -111,6 +111,47 @@ def test_a_job_that_cannot_be_recorded_is_cancelled(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("error", [InputError("sbatch: no answer within 120 s"), KeyboardInterrupt()])
+def test_a_job_that_slurm_took_without_saying_so_is_cancelled(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def timed_out(*arguments: object) -> str:
+        raise error
+
+    folder = tmp_path / "run" / "jobs" / "1"
+    slurm.answer("squeue", output=f"55|{tmp_path}\n101|{folder}\n")
+    monkeypatch.setattr("llara_dist.cluster.slurm.submit", timed_out)
+    with pytest.raises(type(error)):
+        submit("--out", str(tmp_path / "run"))
+    assert [call["arguments"] for call in slurm.calls("scancel")] == [["101"]]
+    assert not folder.exists()
+
+
+def test_the_words_of_the_first_error_are_said(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, record: JobRecord) -> None:
+        if record.job_id:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_record", full)
+    slurm.answer("scancel", code=1, error="scancel: error: controller busy")
+    with pytest.raises(OSError, match="No space left"):
+        submit("--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_site_file_that_a_job_keeps_is_for_nobody_else(slurm: FakeSlurm, tmp_path: Path) -> None:
+    submit("--out", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "jobs" / "1" / "site.yaml").stat().st_mode & 0o777 == 0o600
+
+
+def test_every_run_of_an_array_that_differs_is_checked(slurm: FakeSlurm, tmp_path: Path) -> None:
+    with pytest.raises(FindingsError) as caught:
+        submit("--out", str(tmp_path / "{index}"), "--array", "0-1", "--check", "true", "--model.path", "/none/{index}")
+    assert any("/none/0" in finding.found for finding in caught.value.errors)
+
+
 def test_a_run_with_a_job_is_not_submitted_twice(slurm: FakeSlurm, tmp_path: Path) -> None:
     out = tmp_path / "run"
     submit("--out", str(out))
