@@ -69,13 +69,18 @@ def normalise(name: str, arguments: list[str], switches: Collection[str] = ()) -
         spelled.append(
             option.replace("-", "_").replace("__", "--", 1) + equals + value if option[:2] == "--" else argument
         )
-    first = next((place for place, argument in enumerate(spelled) if argument != "--json"), None)
-    if name in POSITIONAL and first is not None and not spelled[first].startswith("-"):
-        spelled.insert(first, f"--{POSITIONAL[name]}")
-    return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(spelled, [*spelled[1:], "--"], strict=False)  # no word: nothing follows
-    ]
+    words: list[str] = []
+    for word in spelled:
+        if words and words[-1] in switches and word in ("true", "false"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    words = [f"{word}=true" if word in switches else word for word in words]
+    leading = {"--json", *switches}
+    first = next((place for place, word in enumerate(words) if word.partition("=")[0] not in leading), None)
+    if name in POSITIONAL and first is not None and not words[first].startswith("-"):
+        words.insert(first, f"--{POSITIONAL[name]}")
+    return words
 
 
 def switches_of(function: Callable[..., Any]) -> set[str]:
@@ -185,7 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exit codes: 0; 2 bad input, one line on stderr; 1 the run failed where no restart helps; 70 another rank died or
     hung; 75 stopped on request after a checkpoint, start it again; 130 interrupted.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    # DeepSpeed's launcher puts --local_rank=N before the arguments; the environment says it as well.
+    given = [
+        word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank=")
+    ]
     if not given or given[0] in ("-h", "--help"):
         print(overview())
         sys.exit(0 if given else 2)

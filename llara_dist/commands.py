@@ -173,5 +173,7 @@ POSITIONAL = {
     "status": "run",
     "logs": "run",
     "cancel": "run",
+    "debug": "run",
+    "evaluate": "run",
 }
-"""Commands whose first argument may be given without its option's name; only --json may stand before it."""
+"""Commands whose first argument may be given without its option's name; only switches may stand before it."""

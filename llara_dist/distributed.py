@@ -66,10 +66,18 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
 def local_size(world: World, environment: Mapping[str, str] | None = None) -> int:
     """How many ranks run on this node, as the launcher says (torchrun, deepspeed, srun); all, where it does not."""
     env = os.environ if environment is None else environment
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if env.get(name, "").isdecimal() and 1 <= int(env[name]) <= world.size:
-            return int(env[name])
-    return world.size
+    said = [env.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")]
+    if env.get("SLURM_NODEID", "").isdecimal():
+        tasks = tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        said += map(str, tasks[int(env["SLURM_NODEID"]) :][:1])
+    said.append(env.get("SLURM_NTASKS_PER_NODE", ""))
+    return next((int(text) for text in said if text.isdecimal() and 1 <= int(text) <= world.size), world.size)
+
+
+def tasks_of_nodes(text: str) -> list[int]:
+    """The tasks of each node, from how Slurm writes them: "8(x2),4" → 8, 8, 4; none where it is written otherwise."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))] if all(parts) else []
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ def _open_store(rank: int, size: int, limit_s: float) -> Any:
         store = TCPStore(address, int(port), is_master=rank == 0 and not agents, timeout=limit, wait_for_workers=False)
     except Exception as raised:  # torch's own classes
         first = str(raised).strip().splitlines()[0]
-        remedy = "rank 0 must run there, and firewalls between the nodes let this port through"
+        remedy = (
+            "rank 0 must run there and have examined its node (--quick is sooner); firewalls must let this port through"
+        )
         raise ProbeError(
             f"rank {rank} on {socket.gethostname()} cannot reach {address}:{port} ({first}); {remedy}"
         ) from None

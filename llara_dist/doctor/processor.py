@@ -26,6 +26,7 @@ class ProcessorFacts:
         threads: OMP_NUM_THREADS, "" where it is not set.
         bf16: whether the processor multiplies bfloat16 in hardware.
         free: bytes of memory that this node's processes can still take.
+        own: whether the cores are this rank's alone: srun binds each of its tasks to its share.
     """
 
     cores: int
@@ -33,13 +34,16 @@ class ProcessorFacts:
     threads: str
     bf16: bool
     free: int
+    own: bool = False
 
 
 def probe(environment: Mapping[str, str] | None = None) -> ProcessorFacts:
     """Look at this node."""
     env = os.environ if environment is None else environment
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ProcessorFacts(cores, read_quota(), env.get("OMP_NUM_THREADS", ""), cpu_has_bf16(), free_host_bytes())
+    share = env.get("SLURM_CPUS_PER_TASK", "1")
+    own = "SLURM_STEP_ID" in env and share.isdecimal() and cores <= int(share)
+    return ProcessorFacts(cores, read_quota(), env.get("OMP_NUM_THREADS", ""), cpu_has_bf16(), free_host_bytes(), own)
 
 
 def read_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
@@ -80,6 +84,7 @@ def check_cores(facts: ProcessorFacts, ranks: int, workers: int = DataConfig().w
         ranks: that this node would run.
         workers: data workers a rank.
     """
+    ranks = 1 if facts.own else ranks
     usable = facts.cores if facts.quota is None else min(facts.cores, facts.quota)
     shown = f"{facts.cores} cores" + (f", time for {facts.quota:g} of them" if facts.quota is not None else "")
     each = "1 rank" if ranks == 1 else f"{ranks} ranks"

@@ -19,6 +19,7 @@ from llara_dist.training.debug import MARK, check_folder, debug_folder, describe
 
 RANKS, SAMPLES, TEXTS = 32, 24, 3
 """most ranks and samples in a table, samples with their text; the folder holds all of them"""
+REPORT = "report.json"
 
 
 def report_folder(run: Path, out: Path | None, step: int) -> Path:
@@ -32,13 +33,17 @@ def report_folder(run: Path, out: Path | None, step: int) -> Path:
     Raises:
         InputError: it would lie in the run's folder, or among what is not ours.
     """
+    name = f"report-step-{step:08d}"  # not as checkpoints are called: it takes the place of what is there
     if out is None:
         beside = debug_folder(run)
         check_folder(beside)
-        return beside / MARK / f"step-{step:08d}"
+        return beside / MARK / name
     if Path(out).resolve().is_relative_to(Path(run).resolve()):
         raise InputError(f"--out {out}: lies in the run's own folder, which is left alone; choose another one")
-    return Path(out) / f"step-{step:08d}"
+    folder = Path(out) / name
+    if folder.exists() and not (folder / REPORT).is_file():
+        raise InputError(f"{folder}: exists and is no report of `llara-dist debug`; choose another --out")
+    return folder
 
 
 def show_shares(step: int, total_steps: int, layout: Layout, shared: SharedStep, probability: float) -> None:
@@ -95,7 +100,7 @@ def show_and_write(folder: Path, report: dict[str, Any], found: StepInspection, 
         where = f"rank {each.rank}, micro-batch {each.microbatch}, {each.form}, loss {_number(each.loss)}"
         texts.append(f"sample key {each.key} ({where}):\n{text}\nlabels:\n  " + "\n  ".join(labels))
     with staged_folder(folder, replace=True) as staging:
-        (staging / "report.json").write_text(json_text(report), encoding="utf-8")
+        (staging / REPORT).write_text(json_text(report), encoding="utf-8")
         (staging / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         for (rank, turn), batch in batches.items():
             dump_batch(batch, staging / f"rank-{rank:05d}-{turn:03d}.safetensors")

@@ -61,6 +61,7 @@ class RankLog:
 
     def __enter__(self) -> Self:
         global _current
+        _fill_closed_streams()
         copied = [number for number in (1, 2) if self._is_copied(number)]
         if not copied:
             return self
@@ -113,10 +114,6 @@ class RankLog:
                 self._control.recv(relay.CHUNK)
 
     def _is_copied(self, number: int) -> bool:
-        try:
-            os.fstat(number)
-        except OSError:
-            return False  # closed, as of a daemon
         return not (self._world.is_main and os.isatty(number))
 
     def _start(self, copied: list[int]) -> None:
@@ -207,6 +204,15 @@ def _pour(source: int, number: int) -> None:
     with open(source, "rb", buffering=0) as pipe:
         while data := pipe.read(relay.CHUNK):
             relay.write_all(number, data)
+
+
+def _fill_closed_streams() -> None:
+    """Where a stream is closed, as of a daemon, lead it to nowhere: its number would be the next pipe's."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _flush() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llara_dist.config import RunConfig
+from llara_dist.config import RunConfig, TrackingConfig
 from llara_dist.console import say, table
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.distributed import World
@@ -51,6 +51,8 @@ def shrink(config: RunConfig, world: World) -> RunConfig:
             workers=0,
         ),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+        # Whoever looks at a team's project there does not want to see it.
+        tracking=TrackingConfig(tensorboard=config.tracking.tensorboard),
         validation=dataclasses.replace(config.validation, rows=min(SAMPLES, config.validation.rows or SAMPLES)),
         # Whoever looks at a step with a debugger takes longer than a hang.
         faults=dataclasses.replace(config.faults, hang_timeout_s=1e6),

@@ -58,8 +58,10 @@ def fit_device(config: RunConfig, most_bytes: int | None = None, keep_budget: bo
         return config
     changes = differences(to_dict(config), to_dict(chosen))
     if changes:
-        needed = f"about {predict(chosen) / GIB:.1f} GiB are needed, {room / GIB:.1f} may be used"
-        say(f"to fit one GPU, {' and '.join(changes)}: {needed}")
+        need = predict(chosen)
+        aim = "to fit one GPU" if need <= room else "to come near to fitting one GPU"
+        needed = f"about {need / GIB:.1f} GiB are needed, {room / GIB:.1f} may be used"
+        say(f"{aim}, {' and '.join(changes)}: {needed}")
     return chosen
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llara_dist.cli import main
 from llara_dist.config import CheckpointConfig, LoraConfig
+from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_file
 from llara_dist.replay.command import debug
 from llara_dist.supervision.restarts import STARTS, read_starts
@@ -141,10 +142,19 @@ def test_the_run_is_left_alone(past: Past) -> None:
     before = content()
     debug(past.out, step=4, rank="all", out=past.out.parent / "elsewhere")
     assert content() == before
-    assert sorted(path.name for path in (past.out.parent / "elsewhere" / "step-00000004").iterdir())[-2:] == [
+    assert sorted(path.name for path in (past.out.parent / "elsewhere" / "report-step-00000004").iterdir())[-2:] == [
         "report.json",
         "samples.txt",
     ]
+
+
+def test_what_is_no_report_is_not_replaced(past: Past, tmp_path: Path) -> None:
+    folder = tmp_path / "report-step-00000004"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match="is no report of `llara-dist debug`; choose another --out"):
+        debug(past.out, step=4, out=tmp_path)
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"mine"
 
 
 def test_where_a_sample_occurs(past: Past) -> None:

@@ -11,7 +11,7 @@ import yaml
 from transformers import LlamaConfig
 
 from llara_dist.cli import main
-from llara_dist.config import DataConfig, ModelConfig, RunConfig
+from llara_dist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig
 from llara_dist.cost.architecture import PRESETS, Architecture
 from llara_dist.cost.memory import GIB, estimate_run_memory
 from llara_dist.cost.recommend import MARGIN
@@ -132,3 +132,8 @@ def test_a_second_debug_run_leaves_the_first_ones_folder_alone(
     assert stop.value.code == 2
     assert "works in this folder" in capsys.readouterr().err
     assert (out / MARK / "first_batch.safetensors").exists()
+
+
+def test_a_teams_trackers_do_not_see_debug_runs() -> None:
+    tracked = RunConfig(tracking=TrackingConfig(wandb="team", mlflow="team", name="seed-1"))
+    assert shrink(tracked, World()).tracking == TrackingConfig()

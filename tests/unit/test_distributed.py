@@ -40,9 +40,23 @@ def test_a_launcher_that_says_only_half() -> None:
         ({"LOCAL_WORLD_SIZE": "4"}, 4),
         ({"LOCAL_SIZE": "2"}, 2),
         ({"SLURM_NTASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),4", "SLURM_NODEID": "1"}, 2),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),4", "SLURM_NODEID": "2"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),4", "SLURM_NODEID": "3"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(?)", "SLURM_NODEID": "0"}, 8),
         ({"LOCAL_WORLD_SIZE": "16"}, 8),
     ],
-    ids=["none", "torchrun", "deepspeed", "srun", "more than there are"],
+    ids=[
+        "none",
+        "torchrun",
+        "deepspeed",
+        "srun",
+        "srun -n",
+        "uneven",
+        "no such node",
+        "unknown",
+        "more than there are",
+    ],
 )
 def test_ranks_of_a_node(environment: dict[str, str], expected: int) -> None:
     assert local_size(World(size=8), environment) == expected

@@ -123,7 +123,7 @@ def test_a_switch_needs_no_value() -> None:
     switches = switches_of(command.doctor)
     assert switches == {"--quick"}
     given = ["--quick", "--out", "runs", "--json", "--quick", "false"]
-    assert normalise("doctor", given, switches) == ["--quick=true", *given[1:]]
+    assert normalise("doctor", given, switches) == ["--quick=true", *given[1:-2], "--quick=false"]
     assert normalise("doctor", ["--out", "runs", "--quick"], switches)[-1] == "--quick=true"
     assert normalise("doctor", [], switches) == []
 
@@ -212,3 +212,8 @@ def test_a_host_name_that_does_not_resolve(tmp_path: Path) -> None:
     done = doctor("--quick", "--out", tmp_path, starter=renamed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nowhere.invalid does not resolve" in " ".join(done.stdout.split())
+
+
+def test_a_bare_argument_may_follow_switches() -> None:
+    found = normalise("top", ["--once", "--all", "false", "runs/a", "--every", "3"], {"--once", "--all"})
+    assert found == ["--once=true", "--all=false", "--run", "runs/a", "--every", "3"]

@@ -327,3 +327,9 @@ def test_the_site_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scheduler.check_site(SLURM)[1] == "none"
     (tmp_path / "site.yaml").write_text("partitoin: gpu\n")
     assert "partitoin" in only(scheduler.check_site(SLURM)[0], "error")[0]
+
+
+def test_cores_that_srun_gave_one_rank_are_for_that_rank() -> None:
+    bound = replace(NODE, cores=12, threads="12", own=True)
+    assert [finding.severity for finding in processor.check_cores(bound, 8)] == ["passed"]
+    assert "warning" in [finding.severity for finding in processor.check_cores(replace(bound, own=False), 8)]

@@ -196,3 +196,11 @@ def test_rank_0_keeps_a_terminal(rank: int, tmp_path: Path) -> None:
     os.close(theirs)
     assert f"False {rank == 0}" in said
     assert f"False {rank == 0}" in log_path(tmp_path, rank).read_text()
+
+
+def test_with_stdout_closed_stderr_still_reaches_the_console(tmp_path: Path) -> None:
+    code = RANK.format(rank=1, begin=BEGIN, body='os.write(2, b"native\\n")').replace("print(", "(lambda *_: None)(")
+    closed = ["bash", "-c", 'exec "$@" >&-', "closed", sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(closed, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "native\n")
+    assert "native" in read_log(tmp_path, "native")
