@@ -11,6 +11,7 @@ from llara_dist import distributed
 from llara_dist.console import say
 from llara_dist.doctor import (
     base_model,
+    gpu_facts,
     gpus,
     libraries,
     links,
@@ -88,7 +89,7 @@ def examine_node(
         quick: leave out what takes long.
         local_ranks: that were started on this node; None = as many as it has GPUs.
     """
-    seen = gpus.probe()
+    seen = gpu_facts.probe()
     count = len(seen.torch.devices)
     ranks = local_ranks or max(1, count)
     yield "processor and memory", processor.examine(processor.probe(), ranks, count)

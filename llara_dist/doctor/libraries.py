@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llara_dist.doctor.bounded import ProbeError, call
-from llara_dist.doctor.gpus import GpuFacts
+from llara_dist.doctor.gpu_facts import GpuFacts
 from llara_dist.doctor.verdicts import error, passed, skipped, warning
 from llara_dist.errors import Finding
 from llara_dist.training.preflight.versions import check_versions, installed_versions

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llara_dist.doctor import gpus, links
-from llara_dist.doctor.gpus import GIB, Gpu, GpuFacts, TorchGpus
+from llara_dist.doctor import gpu_facts, gpus, links
+from llara_dist.doctor.gpu_facts import GIB, Gpu, GpuFacts, TorchGpus
 from llara_dist.doctor.links import LinkFacts, Port
 
 SMI = """\
@@ -41,18 +41,18 @@ def only(findings: list, severity: str) -> list[str]:
 
 
 def test_nvidia_smi_is_read() -> None:
-    first, second = gpus.parse_gpus(SMI)
+    first, second = gpu_facts.parse_gpus(SMI)
     assert first == Gpu(0, "GPU-aaaa", "NVIDIA H100 80GB HBM3", 81559 << 20, 4 << 20, "580.82.07", (9, 0), True, 0)
     assert (second.persistence, second.ecc_errors, second.mig) == (False, 3, True)
-    (old,) = gpus.parse_gpus(OLD_SMI)
+    (old,) = gpu_facts.parse_gpus(OLD_SMI)
     assert (old.capability, old.ecc_errors, old.mig, old.memory) == (None, None, False, 32510 << 20)
-    assert gpus.parse_gpus("No devices were found\n") == []
+    assert gpu_facts.parse_gpus("No devices were found\n") == []
 
 
 def test_processes_and_driver_errors_are_read() -> None:
-    assert gpus.parse_processes("GPU-aaaa, 4711, /usr/bin/python\n\n") == [("GPU-aaaa", 4711, "/usr/bin/python")]
+    assert gpu_facts.parse_processes("GPU-aaaa, 4711, /usr/bin/python\n\n") == [("GPU-aaaa", 4711, "/usr/bin/python")]
     log = "[12.3] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.\n[13.0] usb 1-1: new device\n"
-    assert gpus.parse_xids(log) == [("0000:3b:00", 79)]
+    assert gpu_facts.parse_xids(log) == [("0000:3b:00", 79)]
 
 
 def test_a_sound_node_passes() -> None:
