@@ -135,8 +135,8 @@ class Host:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def check(self, script: str, **options: Any) -> str:
-        """Run a shell script that must succeed; returns its stdout."""
-        done = self.run(["bash", "-c", script], **options)
+        """Run a shell script at the root, where it is in no mount's way, that must succeed; returns its stdout."""
+        done = self.run(["bash", "-c", script], **{"cwd": "/", **options})
         assert done.returncode == 0, f"{self.name}: {script}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
