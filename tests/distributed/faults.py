@@ -18,7 +18,7 @@ from llara_dist.distributed import World
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError
 from llara_dist.supervision import process_identity
 from llara_dist.supervision.progress import Phase
-from llara_dist.supervision.rank_status import RankStatus
+from llara_dist.supervision.rank_status import RankStatus, parse_status, status_path
 from llara_dist.supervision.watchdog import RankMonitor
 from tests.runs import ROOT
 
@@ -30,8 +30,8 @@ ALONE_ON_A_HOST = {"kill, with rank 0 elsewhere": 0, "kill, alone on a host": 2}
 """Ranks that pretend to run on another host than the rest: neither side can look at the other's processes."""
 
 
-def fault_at(phase: Phase, step: int, fault: str) -> None:
-    """What the last rank does."""
+def fault_at(phase: Phase, step: int, fault: str, file: Path) -> None:
+    """What the last rank does; `file` is its status file."""
     if step != STEP:
         return
     if phase is Phase.DATA and fault == "spin":
@@ -43,6 +43,8 @@ def fault_at(phase: Phase, step: int, fault: str) -> None:
         while True:
             pass
     if phase is Phase.FORWARD and fault == "suspend":
+        while (record := parse_status(file.read_text())) is None or record.progress.step < STEP:
+            time.sleep(0.01)  # a suspended rank is known by its last sign of life alone
         os.kill(os.getpid(), signal.SIGSTOP)
     if phase is Phase.FORWARD and fault == "fail":
         raise ValueError("shard 7 is damaged")
@@ -79,7 +81,7 @@ def run_steps(rank: int, size: int, folder: Path, fault: str) -> None:
             for phase in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.STEP, Phase.VALIDATION):
                 status.enter(phase, step, keys=KEYS)
                 if rank == size - 1:
-                    fault_at(phase, step, fault)
+                    fault_at(phase, step, fault, status_path(folder / "run", rank))
                 if fault == "fail everywhere" and step == STEP and phase is Phase.FORWARD:
                     raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
                 if fault == "die while all validate" and step == STEP and phase is Phase.VALIDATION:
