@@ -77,15 +77,15 @@ def progress(run: Path) -> dict[str, Any] | None:
     """How far a run is, by its files; None where it has not begun.
 
     Returns:
-        "step": optimizer steps done; "of": T, None until there is a checkpoint; "loss"; "ranks"; "phase", "heartbeat"
-        and "ended" of rank 0: what it does, when it last said so, and how it ended: None while it works.
+        "step": optimizer steps done; "of": T, None while it is not known; "loss"; "ranks"; "phase", "heartbeat" and
+        "ended" of rank 0: what it does, when it last said so, and how it ended: None while it works.
     """
     last = last_line(run / "metrics.jsonl")
     ranks = read_statuses(run)
-    total = _total_steps(run)
+    first = ranks[0] if ranks else None
+    total = (first.total_steps if first else 0) or _total_steps(run)
     if not (last or ranks or total):
         return None
-    first = ranks[0] if ranks else None
     return {
         "run": str(run),
         "step": last["step"] + 1 if last else 0,

@@ -138,7 +138,7 @@ def jobs_of(folder: Path) -> list[Job]:
     found = [Job(path, read_record(path)) for path in _recorded(folder)]
     for above in folder.parents:
         for path in _recorded(above):
-            with contextlib.suppress(InputError):  # far above, `jobs` may be anybody's
+            with contextlib.suppress(InputError, OSError):  # far above, `jobs` may be anybody's
                 record = read_record(path)
                 named = [index for index, run in record.runs.items() if (above / run).resolve() == folder]
                 found += [Job(path, record, index) for index in named]
@@ -189,4 +189,5 @@ def _numbers(out: Path) -> list[int]:
 
 def _recorded(out: Path) -> list[Path]:
     folders = (_jobs_folder(out) / str(number) for number in _numbers(out))
-    return [folder for folder in folders if (folder / RECORD).is_file()]
+    # Unlike Path.is_file, this says of another user's folder that there is none.
+    return [folder for folder in folders if os.path.isfile(folder / RECORD)]

@@ -155,7 +155,9 @@ def _environment(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise InputError(f"{where} must be a mapping of variables, found {value!r:.60}")
     for name in value:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
+        if not isinstance(name, str):  # YAML's NO, ON and Y are truth values
+            raise InputError(f"{where}: {name!r} is no name of a variable; put it in quotes")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise InputError(f"{where}: {name!r} is no name of a variable")
     return {name: _text(entry, f"{where}.{name}") for name, entry in value.items()}
 

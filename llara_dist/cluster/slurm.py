@@ -215,7 +215,9 @@ def _ask(command: str, *arguments: str, environment: Mapping[str, str] | None = 
     output, said = os.fsdecode(done.stdout), os.fsdecode(done.stderr)
     if done.returncode == 0:
         return output or said
-    words = "; ".join(line.strip() for line in said.splitlines() if line.strip()) or f"exit code {done.returncode}"
-    if "Invalid job id" in words:
+    # Of a job that it has forgotten scontrol says so in one of two ways, of an array's task on stdout.
+    lines = [line.strip() for line in (said.strip() or output).splitlines() if line.strip()]
+    words = "; ".join(lines) or f"exit code {done.returncode}"
+    if re.search(r"Invalid job id|Job \S+ not found", words):
         raise UnknownJobError(f"{command}: {words}")
     raise InputError(f"{command}: {words}")

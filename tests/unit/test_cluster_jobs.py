@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,11 @@ import pytest
 from llara_dist.cluster import jobs as cluster_jobs
 from llara_dist.cluster.jobs import cancel, follow_file, last_line, logs, print_end, progress, status
 from llara_dist.cluster.records import JobRecord, jobs_of, make_folder, next_folders, remove_folder, write_record
+from llara_dist.cluster.slurm import job_states
 from llara_dist.errors import InputError
+from llara_dist.supervision.process_identity import ProcessIdentity
+from llara_dist.supervision.progress import Phase, Progress
+from llara_dist.supervision.rank_status import RankRecord, write_status
 from tests.unit.fake_slurm import FakeSlurm
 
 
@@ -45,6 +51,23 @@ def test_status_joins_slurm_and_files(slurm: FakeSlurm, tmp_path: Path) -> None:
     (job,), (run,) = found["jobs"], found["runs"]
     assert (job["job"], job["state"], job["reason"], job["restarts"]) == ("101", "PENDING", "Resources", 2)
     assert (run["step"], run["of"], run["loss"], run["ranks"]) == (5, 90, 1.25, None)
+
+
+def test_the_length_of_a_run_is_known_before_its_first_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    process = ProcessIdentity("n1", "boot", 100, 1)
+    place = Progress(Phase.FORWARD, 5, 0)
+    write_status(tmp_path, RankRecord("token", 0, 2, process, 9, 1.0, place, 3, 0.5, False, None, "now", 90))
+    found = progress(tmp_path)
+    assert found is not None
+    assert (found["of"], found["ranks"]) == (90, 2)
+
+
+def test_a_job_that_the_controller_has_forgotten_is_looked_up_in_accounting(slurm: FakeSlurm, tmp_path: Path) -> None:
+    slurm.answer("job 1_0", 1, output="Job 1_0 not found\n")
+    slurm.answer("sacct", output=f"1_0|COMPLETED|0:0|n1|{tmp_path}\n")
+    (state,) = job_states("1_0", tmp_path)
+    assert (state.state, state.is_over) == ("COMPLETED", True)
 
 
 def test_status_without_slurm_says_what_files_say(
@@ -128,6 +151,28 @@ def test_a_folder_named_jobs_above_that_is_not_ours_is_passed_over(tmp_path: Pat
     assert jobs_of(tmp_path / "run") == []
     with pytest.raises(InputError, match="not written by `llara-dist submit`"):
         jobs_of(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+def test_a_job_above_that_is_another_users_is_passed_over(tmp_path: Path) -> None:
+    other = tmp_path / "jobs" / "12345"
+    other.mkdir(parents=True)
+    other.chmod(0)
+    assert jobs_of(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("method", ["stat", "read_bytes"])
+def test_what_cannot_be_looked_at_far_above_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    other = add(tmp_path, record("7"))
+
+    def refuse(path: Path, *arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, refuse)
+    assert jobs_of(tmp_path / "run" / "deep") == []
+    assert other.is_relative_to(tmp_path)
 
 
 def test_job_folders_are_numbered_and_given_once(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
         ("setup: module load cuda", "setup must be a list of texts"),
         ("environment: {DEBUG: true}", "environment.DEBUG must be text, found True; put it in quotes"),
         ("environment: {A-B: x}", "no name of a variable"),
+        ("environment: {NO: 1}", "environment: False is no name of a variable; put it in quotes"),
         ("gpus: 8", "gpus must be one of gpus-per-node, gres, none"),
         ("[partition]", "the file must be a mapping"),
         ("partition: [", "not YAML"),
