@@ -53,7 +53,8 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
         return World()
     missing = [name for name in names if name not in env]
     if missing:
-        raise InputError(f"environment: {missing[0]} is not set but {names[0]} is; start through deepspeed or torchrun")
+        present = next(name for name in names if name in env)
+        raise InputError(f"environment: {missing[0]} is not set but {present} is; start through deepspeed or torchrun")
     try:
         rank, local_rank, size = (int(env[name]) for name in names)
     except ValueError:
@@ -154,7 +155,8 @@ def pick_device(wanted: str, world: World) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError("device=cuda: torch sees no CUDA device; use --device auto or cpu")
+        # Of several ranks, those of another node may well see theirs.
+        raise InputError("device=cuda: torch sees no CUDA device; use --device auto or cpu", everywhere=world.size == 1)
     visible = torch.cuda.device_count()
     if visible == 1 and "SLURM_PROCID" in os.environ:
         return torch.device("cuda", 0)  # each task was bound to a GPU of its own and sees no other

@@ -12,6 +12,7 @@ from llara_dist.console import say
 from llara_dist.distributed import World
 from llara_dist.errors import InputError, RequeueError, RunFailedError
 from llara_dist.evaluation.validation import open_validator
+from llara_dist.supervision.early_end import early_end_told
 from llara_dist.supervision.progress import Phase
 from llara_dist.supervision.rank_logs import RankLog
 from llara_dist.supervision.rank_status import RankStatus
@@ -56,22 +57,25 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
     if debug:
         config = fit_device(shrink(config, world), DEBUG_BYTES)
         check_folder(config.out)
-    inputs = open_inputs(config, world)
-    device = distributed.pick_device(config.device, world)
+    job = distributed.read_job()
+    with early_end_told(config.out, world, job):
+        inputs = open_inputs(config, world)
+        device = distributed.pick_device(config.device, world)
     faults, status, signals = config.faults, RankStatus(), StopSignals(speaks=world.is_main)
 
     def stop_requested() -> bool:
         return signals.requested is not None
 
     # The group's own time-out knows less than the watchdog's report, which is to come first.
-    distributed.initialise(world, device, timeout_s=max(1800.0, 3 * faults.hang_timeout_s))
+    with early_end_told(config.out, world, job, joining=True):
+        distributed.initialise(world, device, timeout_s=max(1800.0, 3 * faults.hang_timeout_s))
     try:
         with (
             signals,
             hold_run(config.out, faults.heartbeat_s, world) as held,
             RankMonitor(config.out, status, world, held.token, faults.heartbeat_s, faults.hang_timeout_s),
         ):
-            log.begin(config.out, distributed.read_job())
+            log.begin(config.out, job)
             status.enter(Phase.LOADING)
             inputs = reopened(config, inputs, world)
             debugger = Debugger(config, device) if debug else None
@@ -82,7 +86,7 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
             if world.is_main:
                 maker = run.loader.maker
                 tokens = maker.max_tokens_per_microbatch
-                record_start(config.out, distributed.read_job(), run.first_step, maker.nodes, tokens)
+                record_start(config.out, job, run.first_step, maker.nodes, tokens)
                 announce(config, inputs)
                 if run.validations.measured_anew:
                     say("validation is measured in another way than before: its best score and patience begin anew")

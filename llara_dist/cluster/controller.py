@@ -74,11 +74,26 @@ def parse_status(answer: str) -> JobStatus:
     )
 
 
+def own_job_id(environment: Mapping[str, str]) -> str:
+    """How this job is named to Slurm: "1234", a task of an array "1234_7".
+
+    Each task has a number of its own, but the last one's is the array's, which to Slurm means all tasks.
+
+    Args:
+        environment: the job's.
+
+    Raises:
+        KeyError: there is no SLURM_JOB_ID.
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"]
+
+
 class Controller:
     """Slurm's controller, for one job.
 
     Args:
-        job_id: SLURM_JOB_ID; of an array's task its own.
+        job_id: as `own_job_id` gives it; an array's would mean all its tasks.
         patience_s: for so long a controller that does not answer is asked again.
     """
 
@@ -93,6 +108,8 @@ class Controller:
             ControllerError: it cannot be known.
         """
         answer = self._ask("scontrol", "show", "job", self.job_id)
+        if len(re.findall(r"^JobId=", answer, re.MULTILINE)) > 1:
+            raise ControllerError(f"scontrol show job {self.job_id}: several jobs have this id")
         try:
             return parse_status(answer)
         except KeyError as error:

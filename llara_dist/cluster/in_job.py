@@ -13,13 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from llara_dist.cluster.controller import Controller, ControllerError, JobStatus
-from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
+from llara_dist.cluster.controller import Controller, ControllerError, JobStatus, own_job_id
+from llara_dist.cluster.lost_nodes import nodes_at_fault, nodes_that_failed_alone, nodes_to_exclude, records_of_start
 from llara_dist.cluster.requeues import (
     IDLE_REQUEUES,
     Requeue,
@@ -29,16 +30,32 @@ from llara_dist.cluster.requeues import (
     record_requeue,
 )
 from llara_dist.cluster.site import read_site
-from llara_dist.cluster.step import Step, step_command
+from llara_dist.cluster.step import Step, step_command, step_environment
 from llara_dist.config import RunConfig
 from llara_dist.console import say
 from llara_dist.distributed import Job, read_job
 from llara_dist.errors import EXIT_BAD_INPUT, EXIT_RANK_LOST, EXIT_REQUEUE, InputError
+from llara_dist.supervision.early_end import EarlyEnd
 from llara_dist.supervision.rank_status import RankRecord
 from llara_dist.supervision.restarts import read_starts
 from llara_dist.supervision.stop_signals import ignore_stop_signals
 
 Ending = Literal["done", "stopped", "lost", "failed"]
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """What is known of the ranks of a start that has ended.
+
+    Attributes:
+        records: every rank's last word, once the run had begun.
+        early: the ranks that ended before it had.
+        silence_tells: whether it means anything that ranks said nothing: not where srun itself was killed.
+    """
+
+    records: Sequence[RankRecord] = ()
+    early: Sequence[EarlyEnd] = ()
+    silence_tells: bool = True
 
 
 def run_folder(command: Sequence[str]) -> Path:
@@ -106,9 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     out = run_folder(command) if command[0] == "train" else None
     started = out is not None and any(start.job == job.name for start in read_starts(out))
-    words = step_command(resumable(command, started), site, os.environ)
+    environment = step_environment(site, os.environ, out, job)
+    words = step_command(resumable(command, started), site, environment)
     try:
-        step = Step(words, out)
+        step = Step(words, environment, out, job)
     except OSError as error:
         print(f"error: {words[0]}: {error.strerror}; start it inside a Slurm job", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
@@ -116,23 +134,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = ending(code, step.asked)
     if out is not None and ended != "done":
         ignore_stop_signals()  # Slurm sends them to a job that it requeues
-        # Where srun itself was killed, the silence of its ranks says nothing of their nodes.
-        records = records_of_start(out, job) if code >= 0 else []
+        said = LastWords(silence_tells=False)
+        if code >= 0:
+            records = records_of_start(out, job)
+            said = LastWords(records, [] if records else step.early_ends())
         try:
-            go_on(out, job, ended, records, Controller(os.environ["SLURM_JOB_ID"]))
+            go_on(out, job, ended, said, Controller(own_job_id(os.environ)))
         except (ControllerError, OSError) as error:
             say(f"llara-dist: not requeued: {error}")
     return code if code >= 0 else EXIT_RANK_LOST
 
 
-def go_on(out: Path, job: Job, ended: Ending, records: Sequence[RankRecord], controller: Controller) -> None:
+def go_on(out: Path, job: Job, ended: Ending, said: LastWords, controller: Controller) -> None:
     """Put a run's job back into the queue where that helps, without the nodes that failed.
 
     Args:
         out: the run's folder.
         job: with this start's number.
         ended: how the run did.
-        records: every rank's last word.
+        said: by the ranks.
         controller: of the job.
 
     Raises:
@@ -143,11 +163,10 @@ def go_on(out: Path, job: Job, ended: Ending, records: Sequence[RankRecord], con
     nodes = controller.hosts(status.nodes)
     usable = controller.usable(nodes=status.nodes)
     troubled = [node for node in nodes if node not in usable]
-    if ended == "failed" and (records or not troubled):
-        return  # it said why; a restart would find the same
+    failed_alone = nodes_that_failed_alone(said.early, nodes)
     done = newest_step(out)
     earlier = [requeue for requeue in read_requeues(out) if requeue.job == job.name]
-    refused = refusal(status, idle_requeues(earlier, done), done)
+    refused = no_use(ended, said, troubled, failed_alone) or refusal(status, idle_requeues(earlier, done), done)
     if refused is not None:
         say(f"llara-dist: not requeued: {refused}")
         return
@@ -155,8 +174,8 @@ def go_on(out: Path, job: Job, ended: Ending, records: Sequence[RankRecord], con
     excluded: list[str] = []
     before = controller.hosts(status.excluded)
     if ended != "stopped":
-        at_fault = nodes_of(ranks_to_blame(records), records, nodes)
-        blamed = [node for node in nodes if node in at_fault or node in troubled]
+        at_fault = {*nodes_at_fault(said.records, nodes), *failed_alone, *troubled}
+        blamed = [node for node in nodes if node in at_fault]
         required = controller.hosts(status.required)
         excluded = nodes_to_exclude(
             [node for node in blamed if node not in required],
@@ -164,6 +183,9 @@ def go_on(out: Path, job: Job, ended: Ending, records: Sequence[RankRecord], con
             usable=controller.usable(partition=status.partition) - set(before),
             ours={node for requeue in earlier for node in requeue.excluded},
         )
+        if failed_alone and not excluded:
+            say(f"llara-dist: not requeued: {', '.join(failed_alone)} failed, and too few nodes would be left without")
+            return
     why = "stopped" if ended == "stopped" else "lost"
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record_requeue(out, Requeue(job.name, job.restart, done, why, tuple(blamed), tuple(excluded), now))
@@ -172,7 +194,29 @@ def go_on(out: Path, job: Job, ended: Ending, records: Sequence[RankRecord], con
     # Only now: Slurm changes this of waiting jobs alone. One that is held meanwhile would stay so if this process were
     # killed in between; as it is, the worst is a start with the same nodes.
     if excluded:
-        controller.exclude(",".join([*before, *excluded]))
+        try:
+            controller.exclude(",".join([*before, *excluded]))
+        except ControllerError as error:
+            say(f"llara-dist: requeued, but it may get {', '.join(excluded)} again: {error}")
+
+
+def no_use(ended: Ending, said: LastWords, troubled: Sequence[str], failed_alone: Sequence[str]) -> str | None:
+    """Why another start would end in the same way; None where it might not.
+
+    Args:
+        ended: how this one did.
+        said: by the ranks.
+        troubled: the job's nodes that are not usable any more.
+        failed_alone: those of which ranks ended before the run began, and it is theirs alone.
+    """
+    if ended == "stopped" or failed_alone:
+        return None
+    bad_input = any(end.code == EXIT_BAD_INPUT for end in said.early)
+    if bad_input or (ended == "failed" and (said.records or not troubled)) or (said.early and not troubled):
+        return "it says above why it ended; a restart would find the same"
+    if said.silence_tells and not (said.records or said.early or troubled):
+        return "no rank got as far as to say anything, and no node is in trouble; find out why, then submit it again"
+    return None
 
 
 def refusal(status: JobStatus, idle: int, done: int) -> str | None:

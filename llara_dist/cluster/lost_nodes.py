@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from llara_dist.distributed import Job
 from llara_dist.supervision.diagnosis import Watched, diagnose
+from llara_dist.supervision.early_end import EarlyEnd
 from llara_dist.supervision.rank_status import STOPPED, RankRecord, read_statuses
 from llara_dist.supervision.run_lock import parse_lock
 
@@ -54,22 +55,52 @@ def ranks_to_blame(records: Sequence[RankRecord]) -> list[int]:
     return sorted(gone or {record.rank for record in found.behind})
 
 
-def nodes_of(ranks: Iterable[int], records: Sequence[RankRecord], nodes: Sequence[str]) -> list[str]:
+def nodes_of(ranks: Iterable[int], hosts: Mapping[int, str], world_size: int, nodes: Sequence[str]) -> list[str]:
     """The nodes that ranks ran on, by the host names they gave, else by their order, which is the nodes'.
 
     Args:
         ranks: which.
-        records: of their start; a rank may have none.
+        hosts: by rank; one may be missing.
+        world_size: number of ranks.
         nodes: of the job, in Slurm's order.
     """
     by_short_name = {node.partition(".")[0]: node for node in nodes}
-    hosts = {record.rank: record.process.host.partition(".")[0] for record in records}
-    world_size = records[0].world_size if records else len(nodes)
     found = {
-        by_short_name.get(hosts.get(rank, ""), nodes[min(rank * len(nodes) // world_size, len(nodes) - 1)])
+        by_short_name.get(
+            hosts.get(rank, "").partition(".")[0], nodes[min(rank * len(nodes) // world_size, len(nodes) - 1)]
+        )
         for rank in ranks
     }
     return [node for node in nodes if node in found]
+
+
+def nodes_at_fault(records: Sequence[RankRecord], nodes: Sequence[str]) -> list[str]:
+    """The nodes of the ranks because of which a start ended.
+
+    Args:
+        records: of one start.
+        nodes: of the job, in Slurm's order.
+    """
+    if not records:
+        return []
+    hosts = {record.rank: record.process.host for record in records}
+    return nodes_of(ranks_to_blame(records), hosts, records[0].world_size, nodes)
+
+
+def nodes_that_failed_alone(ends: Sequence[EarlyEnd], nodes: Sequence[str]) -> list[str]:
+    """The nodes whose ranks ended before the run had begun, where that is their own affair.
+
+    It is not where one of these ranks says that another may find the same, nor where all nodes have one.
+
+    Args:
+        ends: of one start.
+        nodes: of the job, in Slurm's order.
+    """
+    if not ends or any(end.everywhere for end in ends):
+        return []
+    hosts = {end.rank: end.host for end in ends}
+    failed = nodes_of(hosts, hosts, ends[0].world_size, nodes)
+    return [] if len(failed) == len(nodes) else failed
 
 
 def nodes_to_exclude(

@@ -29,6 +29,8 @@ def test_world_by_launcher(environment: dict[str, str], expected: World) -> None
 
 
 def test_a_launcher_that_says_only_half() -> None:
+    with pytest.raises(InputError, match="RANK is not set but WORLD_SIZE is"):
+        read_world({"WORLD_SIZE": "4"})
     with pytest.raises(InputError, match="SLURM_LOCALID is not set"):
         read_world({name: value for name, value in STEP.items() if name != "SLURM_LOCALID"})
 

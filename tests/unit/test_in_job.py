@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llara_dist.cluster.controller import Controller, ControllerError, parse_status
-from llara_dist.cluster.in_job import ending, refusal, resumable, run_folder
-from llara_dist.cluster.lost_nodes import nodes_of, nodes_to_exclude, ranks_to_blame, records_of_start
+from llara_dist.cluster.controller import Controller, ControllerError, own_job_id, parse_status
+from llara_dist.cluster.in_job import LastWords, ending, go_on, no_use, refusal, resumable, run_folder
+from llara_dist.cluster.lost_nodes import (
+    nodes_at_fault,
+    nodes_of,
+    nodes_that_failed_alone,
+    nodes_to_exclude,
+    ranks_to_blame,
+    records_of_start,
+)
 from llara_dist.cluster.requeues import Requeue, idle_requeues, newest_step, read_requeues, record_requeue
 from llara_dist.cluster.site import Container, Site
-from llara_dist.cluster.step import Step, step_command
+from llara_dist.cluster.step import Step, step_command, step_environment
 from llara_dist.config import RunConfig
 from llara_dist.distributed import Job
+from llara_dist.supervision.early_end import EarlyEnd, early_paths, early_prefix, read_early_ends
 from llara_dist.supervision.process_identity import ProcessIdentity
 from llara_dist.supervision.progress import Phase, Progress
 from llara_dist.supervision.rank_status import KILLED, STOPPED, RankRecord, write_status
@@ -38,6 +48,7 @@ JobId=7 JobName=a name with NodeList=x9 JobState=RUNNING
    Command=/home/u/my NodeList=n7 run.sbatch
 """
 NODES = ("n1", "n2", "n3", "n4")
+JOB = Job("7@test", 1)
 
 
 def test_what_slurm_says_of_a_job() -> None:
@@ -57,6 +68,12 @@ def test_what_slurm_says_of_a_job() -> None:
 )
 def test_a_job_that_somebody_else_ends_is_left_alone(state: str, reason: str, expected: bool) -> None:
     assert dataclasses.replace(parse_status(STATUS), state=state, reason=reason).is_ours == expected
+
+
+def test_a_task_of_an_array_is_named_by_its_index() -> None:
+    last = {"SLURM_JOB_ID": "4", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "2"}
+    assert own_job_id(last) == "4_2"
+    assert own_job_id({"SLURM_JOB_ID": "4"}) == "4"
 
 
 def test_a_job_is_requeued_only_where_that_leads_somewhere() -> None:
@@ -119,11 +136,38 @@ def test_every_word_and_variable_arrives_unchanged(arguments: list[str], value: 
         container=Container(command=("bash", "-c", show, "container")),
         python="python3",
     )
-    words = step_command(["train", *arguments], site, {})
+    environment = step_environment(site, {"PATH": "/usr/bin:/bin", "GIVEN": "the job's"}, None, JOB)
+    words = step_command(["train", *arguments], site, environment)
     program = words[words.index("bash") :]  # what follows srun's options
-    done = subprocess.run(program, env={"PATH": "/usr/bin:/bin"}, capture_output=True, check=True)
+    done = subprocess.run(program, env=environment, capture_output=True, check=True)
     seen = os.fsdecode(done.stdout).split("\0")[:-1]
     assert seen == [value, "by-set-up", "python3", "-m", "llara_dist.cli", "train", *arguments]
+
+
+def test_no_value_of_the_site_is_on_a_command_line_or_lost_on_the_way() -> None:
+    site = Site(environment={"WANDB_API_KEY": "hunter2"}, python="true")
+    environment = step_environment(site, {"PATH": "/usr/bin:/bin"}, None, JOB)
+    words = step_command(["train"], site, environment)
+    assert "hunter2" not in " ".join(words)
+    program = words[words.index("bash") :]
+    done = subprocess.run(program, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "srun did not pass it on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("site", "code"),
+    [(Site(setup=("exit 3",)), 3), (Site(python="/nowhere/python"), 127), (Site(python="false"), None)],
+)
+def test_a_rank_whose_program_does_not_start_says_so(tmp_path: Path, site: Site, code: int | None) -> None:
+    out = tmp_path / """a 'run' %d"""
+    slurm = {"PATH": "/usr/bin:/bin", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURMD_NODENAME": "n2"}
+    environment = step_environment(site, slurm, out, JOB)
+    words = step_command(["train"], site, environment)
+    done = subprocess.run(words[words.index("bash") :], env=environment, stderr=subprocess.DEVNULL, cwd="/")
+    ends = [(end.rank, end.world_size, end.host, end.code) for end in read_early_ends(early_paths(out, JOB))]
+    assert ends == ([] if code is None else [(5, 8, "n2", code)])  # a program that ran speaks for itself
+    assert done.returncode == (code or 1)
 
 
 def test_what_srun_is_told() -> None:
@@ -150,7 +194,8 @@ def _handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_run_is_told_to_stop_by_the_signal_that_srun_hands_on(tmp_path: Path, number: signal.Signals) -> None:
     ready = tmp_path / "ready"
-    step = Step(["bash", "-c", 'trap "exit 75" USR1; touch "$0"; while :; do sleep 0.05; done', str(ready)], tmp_path)
+    script = 'trap "exit 75" USR1; touch "$0"; while :; do sleep 0.05; done'
+    step = Step(["bash", "-c", script, str(ready)], os.environ, tmp_path, JOB)
     while not ready.exists():
         pass
     signal.raise_signal(number)
@@ -159,7 +204,7 @@ def test_a_run_is_told_to_stop_by_the_signal_that_srun_hands_on(tmp_path: Path, 
 
 @pytest.mark.usefixtures("_handlers")
 def test_commands_without_checkpoints_are_not_told() -> None:
-    step = Step(["sleep", "0.3"], None)
+    step = Step(["sleep", "0.3"], os.environ, None, JOB)
     signal.raise_signal(signal.SIGUSR1)
     assert (step.wait(), step.asked) == (0, False)
 
@@ -171,10 +216,49 @@ def test_srun_that_waits_for_a_lost_node_is_ended(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("llara_dist.cluster.step.silence_s", lambda interval_s: 0.0)
     write_status_in(tmp_path, record(0, STOPPED))
     (tmp_path / "ranks" / "lost-of-an-earlier-start.txt").touch()
-    assert Step(["sleep", "0.5"], tmp_path).wait() == 0
-    step = Step(["sleep", "1000"], tmp_path)
+    assert Step(["sleep", "0.5"], os.environ, tmp_path, JOB).wait() == 0
+    step = Step(["sleep", "1000"], os.environ, tmp_path, JOB)
     (tmp_path / "ranks" / "lost-token.txt").touch()
     assert step.wait() == 70
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_run_that_is_told_to_stop_before_srun_is_there_tells_it_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = subprocess.Popen
+
+    def late(*arguments: object, **options: object) -> object:
+        signal.raise_signal(signal.SIGUSR1)
+        return popen(*arguments, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    step = Step(["sleep", "1000"], os.environ, tmp_path, JOB)
+    assert (step.wait(), step.asked) == (-signal.SIGUSR1, True)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_srun_whose_ranks_wait_for_one_that_ended_early_is_ended_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llara_dist.cluster.step._LINGER_S", 0.3)
+    monkeypatch.setattr("llara_dist.cluster.step._LOOK_S", 0.1)
+    write_early_end(tmp_path, Job("7@test", 0), EarlyEnd(3, 4, "n4", 1, False, "of an earlier start"))
+    write_early_end(tmp_path, JOB, EarlyEnd(2, 4, "n3", 1, False, "of an earlier step"))
+    assert Step(["sleep", "1"], os.environ, tmp_path, JOB).wait() == 0
+    step = Step(["sleep", "1000"], os.environ, tmp_path, JOB)
+    write_early_end(tmp_path, JOB, EarlyEnd(1, 4, "n2", 2, False, "no GPU"))
+    assert step.wait() == 2
+    assert [end.rank for end in step.early_ends()] == [1]
+    assert "rank 1 on n2 ended before the run began: no GPU" in capsys.readouterr().out
+    write_early_end(tmp_path, JOB, EarlyEnd(0, 4, "n1", 143, False, "ended with srun"))
+    assert [end.rank for end in step.early_ends()] == [1]
+
+
+def write_early_end(out: Path, job: Job, end: EarlyEnd) -> None:
+    path = Path(f"{early_prefix(out, job)}{end.rank:05d}.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(end)))
 
 
 def record(rank: int, ended: str | None, step: int = 5, host: str = "", size: int = 4) -> RankRecord:
@@ -195,19 +279,65 @@ def record(rank: int, ended: str | None, step: int = 5, host: str = "", size: in
 def test_the_ranks_to_blame(ends: tuple[str | None, ...], expected: list[int]) -> None:
     records = [record(rank, ended) for rank, ended in enumerate(ends)]
     assert ranks_to_blame(records) == expected
-    assert nodes_of(expected, records, NODES) == [f"n{expected[0] + 1}"]
+    assert nodes_at_fault(records, NODES) == [f"n{expected[0] + 1}"]
 
 
 def test_of_ranks_that_all_stopped_the_one_behind_hung() -> None:
     assert ranks_to_blame([record(rank, STOPPED, step=4 if rank == 2 else 5) for rank in range(4)]) == [2]
     assert ranks_to_blame([record(rank, STOPPED) for rank in range(4)]) == []
     assert ranks_to_blame([]) == []
+    assert nodes_at_fault([], NODES) == []
 
 
 def test_nodes_by_name_else_by_order() -> None:
-    strange = [record(rank, None, host="login", size=8) for rank in range(8)]
-    assert nodes_of([2, 3, 7], strange, NODES) == ["n2", "n4"]
-    assert nodes_of([0], [record(0, None, host="n3")], NODES) == ["n3"]
+    assert nodes_of([2, 3, 7], dict.fromkeys(range(8), "login"), 8, NODES) == ["n2", "n4"]
+    assert nodes_of([0], {0: "n3.cluster"}, 4, NODES) == ["n3"]
+
+
+def early(rank: int, everywhere: bool = False, code: int = 2) -> EarlyEnd:
+    return EarlyEnd(rank, 8, f"n{rank // 2 + 1}.cluster", code, everywhere, "why")
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([], []),
+        ([early(2), early(3), early(7)], ["n2", "n4"]),
+        ([early(2), early(7, everywhere=True)], []),
+        ([early(0), early(2), early(4), early(7)], []),  # a mistake of everybody's
+    ],
+)
+def test_nodes_that_failed_before_the_run_began(ends: list[EarlyEnd], expected: list[str]) -> None:
+    assert nodes_that_failed_alone(ends, NODES) == expected
+
+
+WITH_RECORDS = LastWords(records=[record(0, "RuntimeError")])
+BAD_INPUT, NOT_JOINED = LastWords(early=[early(2, True)]), LastWords(early=[early(2, True, code=1)])
+
+
+@pytest.mark.parametrize(
+    ("ended", "said", "troubled", "alone", "expected"),
+    [
+        ("stopped", LastWords(), [], [], None),
+        ("lost", WITH_RECORDS, [], [], None),
+        ("lost", LastWords(), ["n2"], [], None),
+        ("lost", LastWords(silence_tells=False), [], [], None),
+        ("lost", LastWords(), [], [], "no rank got as far"),
+        ("failed", WITH_RECORDS, ["n2"], [], "says above why"),
+        ("failed", LastWords(), [], [], "says above why"),
+        ("failed", LastWords(), ["n2"], [], None),
+        ("failed", LastWords(early=[early(2)]), [], ["n2"], None),
+        ("failed", BAD_INPUT, ["n2"], [], "says above why"),
+        ("lost", BAD_INPUT, [], [], "says above why"),
+        ("failed", NOT_JOINED, [], [], "says above why"),
+        ("failed", NOT_JOINED, ["n1"], [], None),  # the one that they wait for is on a node that is gone
+    ],
+)
+def test_when_another_start_would_end_in_the_same_way(
+    ended: Any, said: LastWords, troubled: list[str], alone: list[str], expected: str | None
+) -> None:
+    found = no_use(ended, said, troubled, alone)
+    assert found is None if expected is None else expected in str(found)
 
 
 @pytest.mark.parametrize(
@@ -290,3 +420,41 @@ def test_a_controller_that_does_not_answer_is_asked_again(
     else:
         with pytest.raises(ControllerError, match=said):
             controller.requeue()
+
+
+class FakeController(Controller):
+    """One whose job had two of four nodes, and which refuses to change it."""
+
+    def __init__(self) -> None:
+        super().__init__("7")
+        self.requeued = False
+
+    def _ask(self, *command: str) -> str:
+        if command[1] == "update":
+            raise ControllerError("scontrol update: Access/permission denied")
+        self.requeued |= command[1] == "requeue"
+        answers = {"hostnames": "n1\nn2\n" if command[-1] == "n[1-2]" else "n9\n", "job": RUNNING}
+        return answers.get(command[2], "".join(f"{node} idle\n" for node in NODES))
+
+
+RUNNING = STATUS.replace("JobState=COMPLETING", "JobState=RUNNING")
+
+
+def test_a_node_that_fails_before_the_run_begins_is_excluded_or_that_fails_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controller = FakeController()
+    go_on(tmp_path, JOB, "failed", LastWords(early=[EarlyEnd(1, 2, "n2", 2, False, "no GPU")]), controller)
+    assert controller.requeued
+    (requeue,) = read_requeues(tmp_path)
+    assert (requeue.blamed, requeue.excluded) == (("n2",), ("n2",))
+    said = capsys.readouterr().out
+    assert "not requeued" not in said
+    assert "requeued, but it may get n2 again: scontrol update: Access/permission denied" in said
+
+
+def test_an_id_of_several_jobs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = Controller("7")
+    monkeypatch.setattr(controller, "_ask", lambda *command: f"{RUNNING}\n{RUNNING}")
+    with pytest.raises(ControllerError, match="several jobs"):
+        controller.status()

@@ -10,8 +10,11 @@ import pytest
 
 from llara_dist import tuning
 from llara_dist.config import RunConfig
-from llara_dist.distributed import World
+from llara_dist.distributed import Job, World, read_job
 from llara_dist.errors import InputError
+from llara_dist.supervision.early_end import early_end_told, early_paths, read_early_ends
+from llara_dist.supervision.rank_logs import RankLog
+from llara_dist.supervision.rank_status import read_statuses
 
 
 def inputs_at(step: int | None) -> Any:
@@ -30,6 +33,56 @@ def as_two_ranks(monkeypatch: pytest.MonkeyPatch, others: list[Any], reopened: i
 
     monkeypatch.setattr(tuning, "open_inputs", open_inputs)
     return calls
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InputError("rank 1 has no GPU", everywhere=False), (2, False, "rank 1 has no GPU")),
+        (InputError("no shards"), (2, True, "no shards")),
+        (OSError(5, "Input/output error"), (2, False, "OSError: [Errno 5] Input/output error")),
+        (ImportError("libcuda.so:\nnot found"), (1, False, "ImportError: libcuda.so: not found")),
+    ],
+)
+def test_a_rank_that_fails_before_the_others_know_of_it_leaves_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: tuple[int, bool, str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "a/b")
+
+    def fail(config: RunConfig, world: World) -> None:
+        raise error
+
+    monkeypatch.setattr(tuning, "open_inputs", fail)
+    config, world = RunConfig(out=tmp_path / "new" / "run"), World(1, 1, 2)
+    with pytest.raises(type(error)) as caught:
+        tuning.tune(config, False, False, world, RankLog(world))
+    assert caught.value is error
+    (end,) = read_early_ends(early_paths(config.out, read_job()))
+    assert (end.rank, end.world_size) == (1, 2)
+    assert (end.code, end.everywhere, end.message) == expected
+    assert early_paths(config.out, Job("7@a/b", 1)) == set()
+    assert read_statuses(config.out) == []
+
+
+def test_who_cannot_join_the_others_blames_no_node(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError), early_end_told(tmp_path, World(1, 1, 2), Job("7"), joining=True):
+        raise TimeoutError("no answer")
+    (end,) = read_early_ends(early_paths(tmp_path, Job("7")))
+    assert end.everywhere
+
+
+@pytest.mark.parametrize(("world", "job"), [(World(), Job("7")), (World(1, 1, 2), Job())])
+def test_who_keeps_nobody_waiting_or_has_no_batch_step_leaves_nothing(tmp_path: Path, world: World, job: Job) -> None:
+    with pytest.raises(OSError, match="disk"), early_end_told(tmp_path / "run", world, job):
+        raise OSError("disk")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_does_not_hide_why(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="why"), early_end_told(tmp_path / "file", World(1, 1, 2), Job("7")):
+        raise InputError("why")
 
 
 def run_with_checkpoint(tmp_path: Path, step: int, resume: Any = "auto") -> RunConfig:
