@@ -4,7 +4,8 @@ usage: python -m llara_dist.cluster.in_job COMMAND [options], those of `llara-di
 
 `train` and `evaluate` run as every task of the job, any other command as one. A run that was told to stop (SIGUSR1
 before the time limit, pre-emption) or lost a rank is put back into the queue under the job's own id, without the node
-that failed; a user's scancel ends it, with its checkpoint. Exit codes are the run's.
+that failed; a user's scancel ends it, with its checkpoint. A rank that ends before the run has begun ends it for all,
+or costs its node where the fault is that node's alone. Exit codes are the run's.
 """
 
 from __future__ import annotations

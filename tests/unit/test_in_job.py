@@ -36,6 +36,7 @@ from llara_dist.supervision.progress import Phase, Progress
 from llara_dist.supervision.rank_status import KILLED, STOPPED, RankRecord, write_status
 from llara_dist.supervision.run_lock import LockRecord
 
+ROOT = Path(__file__).parents[2]
 STATUS = """\
 JobId=7 JobName=a name with NodeList=x9 JobState=RUNNING
    UserId=u(1000) GroupId=u(1000) MCS_label=N/A
@@ -153,6 +154,19 @@ def test_no_value_of_the_site_is_on_a_command_line_or_lost_on_the_way() -> None:
     done = subprocess.run(program, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode == 2
     assert "srun did not pass it on" in done.stderr
+
+
+def test_another_launchs_variables_end_at_the_batch_script(tmp_path: Path) -> None:
+    left = dict.fromkeys(("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/bash\nenv -0\n")
+    interpreter.chmod(0o755)
+    given = {"PATH": "/usr/bin:/bin", "LLARA_DIST_PYTHON": str(interpreter), "KEPT": "1"}
+    script = ROOT / "launch" / "train.sbatch"
+    done = subprocess.run(["bash", script, "c.yaml"], env={**left, **given}, capture_output=True, text=True, check=True)
+    names = {line.partition("=")[0] for line in done.stdout.split("\0")}
+    assert "KEPT" in names
+    assert not names & left.keys()
 
 
 @pytest.mark.parametrize(
