@@ -69,6 +69,8 @@ def test_of_an_array_one_task_is_requeued_also_the_last(
     tasks = [slurm.job(f"{job}_{task}") for task in range(3)]
     assert [task["JobState"] for task in tasks] == ["CANCELLED", "RUNNING", "COMPLETED"]
     assert [task["Restarts"] for task in tasks] == ["0", "0", "1"]
+    # By itself, not by the site's RequeueExit.
+    assert [requeue.why for requeue in read_requeues(tmp_path / "out")] == ["stopped"]
     slurm.check("scancel", job)
     slurm.end(f"{job}_1")
 
