@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llara_dist.errors import InputError
 from llara_dist.supervision.heartbeat import silence_s
-from llara_dist.supervision.rank_status import RankRecord, read_statuses
+from llara_dist.supervision.rank_status import RankRecord, read_status, read_statuses
 from llara_dist.supervision.run_lock import LockRecord, parse_lock
 from llara_dist.training.pace import ROWS, Pace
-from llara_dist.watching.marks import Judged, Seen, judge, state_of
+from llara_dist.watching.marks import Judged, Mark, Seen, judge, state_of
 
 _TAIL = 1 << 16
+_READS = 5
+"""a status file is read at most so many times for each time that it is written"""
+_SHORTEST_WAIT_S = 0.2
+_CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class View:
 class Watch:
     """Looks at a run again and again. Heartbeats are counters: whether a rank lives is seen by watching them move.
 
+    Of a large run the ranks' files are not read at every look: that would cost its file system more than the run does.
+
     Args:
         run: the run's folder.
         clock: seconds, monotonic.
@@ -98,15 +106,34 @@ class Watch:
     def __init__(self, run: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._clock = Path(run), clock
         self._heartbeats: dict[tuple[str, int], tuple[int, float, bool]] = {}
+        self._records: list[RankRecord] = []
+        self._read_at = -math.inf
         if not self._run.is_dir():
             raise InputError(f"{run}: no such folder; give the --out of a run")
 
     def look(self) -> View:
         """The run as it is now."""
-        records = read_statuses(self._run)
         now = self._clock()
-        interval_s = max((record.interval_s for record in records), default=0.0)
-        judged = judge([self._seen(record, now) for record in records], silence_s(interval_s))
+        if now - self._read_at >= _interval_s(self._records) / _READS:
+            self._records, self._read_at = read_statuses(self._run), now
+        return self._view([self._seen(record, now) for record in self._records])
+
+    def look_until_settled(self) -> View:
+        """The run once every rank that works was seen to, or was watched for so long that it is silent."""
+        now = self._clock()
+        seen = {record.rank: self._seen(record, now) for record in read_statuses(self._run)}
+        wait_s = max(_SHORTEST_WAIT_S, _interval_s([each.record for each in seen.values()]) / _READS)
+        while unsettled := [each.record for each in _judge(seen.values()) if not _is_settled(each)]:
+            time.sleep(wait_s)
+            now = self._clock()
+            for known in unsettled:  # the others stay as they were seen
+                record = read_status(self._run, known.rank, known.token) or known
+                seen[known.rank] = self._seen(record, now)
+        return self._view(seen.values())
+
+    def _view(self, seen: Collection[Seen]) -> View:
+        records = [each.record for each in seen]
+        judged = _judge(seen)
         world_size = max((record.world_size for record in records), default=0)
         missing = tuple(sorted(set(range(world_size)) - {record.rank for record in records}))
         rows = tail(self._run / "metrics.jsonl")
@@ -126,17 +153,6 @@ class Watch:
             validation=validations[-1] if validations else None,
         )
 
-    def look_until_settled(self) -> View:
-        """The run once every rank that works was seen to, or was watched for so long that it is silent."""
-        while True:
-            view = self.look()
-            if all(self._is_settled(each) for each in view.ranks):
-                return view
-            time.sleep(0.2)
-
-    def _is_settled(self, rank: Judged) -> bool:
-        return rank.seen.moved or rank.record.ended is not None or rank.mark.is_trouble
-
     def _seen(self, record: RankRecord, now: float) -> Seen:
         key = (record.token, record.rank)
         heartbeat, since, moved = self._heartbeats.get(key, (record.heartbeat, now, False))
@@ -144,6 +160,19 @@ class Watch:
             heartbeat, since, moved = record.heartbeat, now, True
         self._heartbeats[key] = (heartbeat, since, moved)
         return Seen(record, now - since, moved, record.process.is_running())
+
+
+def _interval_s(records: Iterable[RankRecord]) -> float:
+    return max((record.interval_s for record in records), default=0.0)
+
+
+def _judge(seen: Collection[Seen]) -> list[Judged]:
+    return judge(list(seen), silence_s(_interval_s(each.record for each in seen)))
+
+
+def _is_settled(rank: Judged) -> bool:
+    """Whether watching it longer would tell nothing new; one that seems stuck may as well be of a run long dead."""
+    return rank.seen.moved or rank.record.ended is not None or rank.mark in (Mark.DEAD, Mark.SILENT)
 
 
 def tail(path: Path) -> list[dict[str, Any]]:
@@ -167,8 +196,8 @@ def tail(path: Path) -> list[dict[str, Any]]:
 
 def newest_checkpoint_step(run: Path) -> int | None:
     """Steps in the newest complete checkpoint, by its name and marker alone; needs no torch."""
-    complete = (path.parent.name for path in (run / "checkpoints").glob("step-*/complete.json"))
-    return max((int(name.removeprefix("step-")) for name in complete), default=None)
+    names = (path.parent.name for path in (run / "checkpoints").glob("step-*/complete.json"))
+    return max((int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))), default=None)
 
 
 def newest_lock(run: Path) -> LockRecord | None:

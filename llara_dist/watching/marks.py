@@ -14,14 +14,16 @@ SLOW = 1.25
 """a rank is slow that needs so many times as long as the median for data, forward and backward"""
 _LEAST_STEPS = 3
 _STUCK_STEPS = 5
+_FIRST_STEP_S = 300.0
+"""while no rank has ended a step, nobody knows how long one takes: first fetch, first forward, kernels compiled"""
 
 
 class Mark(StrEnum):
     """How a rank stands out, the worst first.
 
-    failed: by an error of its own. dead: its process is gone. silent: no sign of life. stuck: alive, without progress
-    outside of a collective. slow: lately took longer than the others. waits: in a collective, for others, for long.
-    stopped: because of another rank.
+    failed: by an error of its own. dead: its process is gone. silent: no sign of life. stuck: alive, without progress,
+    and nobody is behind it. slow: lately took longer than the others. waits: for long, in a collective or for a rank
+    that is behind. stopped: because of another rank.
     """
 
     FAILED = "failed"
@@ -90,13 +92,18 @@ def judge(ranks: Sequence[Seen], silence_s: float) -> list[Judged]:
     """
     costs = [seen.record.cost for seen in ranks if seen.record.cost is not None]
     usual_s = median(cost.wait_s + cost.compute_s for cost in costs) if len(costs) > 1 else 0.0
-    step_s = median(cost.whole_s for cost in costs) if costs else 0.0
-    judged = [Judged(seen, *_mark(seen, silence_s, usual_s, step_s)) for seen in ranks]
+    idle_limit_s = _STUCK_STEPS * median(cost.whole_s for cost in costs) if costs else _FIRST_STEP_S
+    # NCCL's collectives are asynchronous: on GPUs who waits is known by who is behind, and not by its stack.
+    places = (seen.record.progress.position for seen in ranks if seen.record.ended != "")
+    earliest = min(places, default=(0, 0, 0, 0))
+    judged = [Judged(seen, *_mark(seen, silence_s, usual_s, idle_limit_s, earliest)) for seen in ranks]
     worst = list(Mark)
     return sorted(judged, key=lambda each: (worst.index(each.mark), each.record.rank))
 
 
-def _mark(seen: Seen, silence_s: float, usual_s: float, step_s: float) -> tuple[Mark, str]:
+def _mark(
+    seen: Seen, silence_s: float, usual_s: float, idle_limit_s: float, earliest: tuple[int, int, int, int]
+) -> tuple[Mark, str]:
     record = seen.record
     if record.has_failed:
         return Mark.FAILED, ""
@@ -106,8 +113,9 @@ def _mark(seen: Seen, silence_s: float, usual_s: float, step_s: float) -> tuple[
         return Mark.STOPPED if record.ended == STOPPED else Mark.NONE, ""
     if seen.still_s > silence_s:
         return Mark.SILENT, f"{seen.still_s:.0f} s"
-    if record.progress.phase.is_limited and record.idle_s > max(2 * record.interval_s, _STUCK_STEPS * step_s):
-        return Mark.WAITS if record.in_collective else Mark.STUCK, f"{record.idle_s:.0f} s"
+    if record.progress.phase.is_limited and record.idle_s > max(2 * record.interval_s, idle_limit_s):
+        waits = record.in_collective or record.progress.position > earliest
+        return Mark.WAITS if waits else Mark.STUCK, f"{record.idle_s:.0f} s"
     cost = record.cost
     if cost is not None and cost.steps >= _LEAST_STEPS and usual_s > 0:
         own_s = cost.wait_s + cost.compute_s

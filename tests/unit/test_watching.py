@@ -22,12 +22,14 @@ from rich.console import Console
 
 from llara_dist.distributed import Job
 from llara_dist.errors import InputError
+from llara_dist.supervision import rank_status
 from llara_dist.supervision.process_identity import ProcessIdentity, this_process
 from llara_dist.supervision.progress import Phase, Progress
 from llara_dist.supervision.rank_status import KILLED, STOPPED, RankRecord, write_status
 from llara_dist.supervision.run_lock import RunLock
 from llara_dist.supervision.step_clock import StepCost
-from llara_dist.watching.look import Watch, tail
+from llara_dist.watching import look
+from llara_dist.watching.look import Watch, newest_checkpoint_step, tail
 from llara_dist.watching.marks import Mark, Seen, judge, state_of
 from llara_dist.watching.screen import ODD, draw
 from llara_dist.watching.top import top
@@ -106,6 +108,24 @@ def test_long_steps_are_no_hang_and_one_rank_alone_is_never_slow() -> None:
     assert marks(seen(cost=first), seen(), seen())[0] == (Mark.NONE, "")
 
 
+@pytest.mark.parametrize("ended", [None, "ValueError: no"])
+def test_where_collectives_are_not_seen_the_rank_behind_is_stuck_and_the_others_wait_for_it(ended: str | None) -> None:
+    there = Progress(Phase.REDUCE, 41, 3)
+    ranks = [seen(rank=rank, idle_s=14.0, progress=there) for rank in range(64)]
+    ranks[17] = seen(rank=17, idle_s=14.0, progress=Progress(Phase.DATA, 41), ended=ended)
+    first, *others = judge(ranks, 15.0)
+    assert (first.record.rank, first.short) == (17, "stuck 14 s" if ended is None else "failed")
+    assert {each.short for each in others} == {"waits 14 s"}
+    assert state_of([first, *others], 0, 10) == f"in trouble: 1 {first.mark}"
+
+
+def test_before_any_rank_has_ended_a_step_it_takes_minutes_to_be_stuck() -> None:
+    loading, hanging = seen(idle_s=290.0, cost=None), seen(idle_s=310.0, cost=None)
+    assert marks(loading, loading) == {0: (Mark.NONE, ""), 1: (Mark.NONE, "")}
+    assert marks(hanging, loading)[0] == (Mark.STUCK, "310 s")
+    assert marks(loading, seen())[0] == (Mark.STUCK, "290 s")  # the other one has ended a step
+
+
 @pytest.mark.parametrize(
     ("ranks", "missing", "saved", "state"),
     [
@@ -177,7 +197,11 @@ def test_a_silent_rank_is_seen_by_its_heartbeat_and_a_new_start_begins_anew(tmp_
     now += 10
     write_status(tmp_path, a_record(0, 2, heartbeat=2))
     watch.look()
-    now += 6
+    now += 0.5
+    write_status(tmp_path, a_record(0, 2, heartbeat=3))
+    assert watch.look().ranks[0].record.heartbeat == 2  # not read so soon after the last time
+    write_status(tmp_path, a_record(0, 2, heartbeat=2))
+    now += 5.5
     view = watch.look()
     assert [(each.record.rank, each.mark, each.seen.still_s) for each in view.ranks] == [
         (1, Mark.SILENT, 16.0),
@@ -185,10 +209,47 @@ def test_a_silent_rank_is_seen_by_its_heartbeat_and_a_new_start_begins_anew(tmp_
     ]
     assert not view.is_over
     write_status(tmp_path, a_record(0, 2, token="u"))
+    now += 1
     view = watch.look()
     assert [(each.record.token, each.seen.moved) for each in view.ranks] == [("u", False)]
     assert view.missing == (1,)
     assert view.to_json()["missing_ranks"] == [1]
+
+
+def test_once_watches_only_who_was_not_seen_to_move_and_only_as_often_as_they_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four ranks on other hosts one moves at once and one after a while; two are gone, one of them while idle."""
+    now, heard = 100.0, []
+    (tmp_path / "ranks").mkdir()
+    for rank in range(4):
+        write_status(tmp_path, a_record(rank, idle_s=400.0 if rank == 3 else 0.5))
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        assert seconds == 1.0  # a fifth of an interval
+        now += seconds
+        write_status(tmp_path, a_record(0, heartbeat=2))
+        if now > 105:
+            write_status(tmp_path, a_record(1, heartbeat=2))
+
+    def read_status(run: Path, rank: int, token: str) -> RankRecord | None:
+        heard.append(rank)
+        return rank_status.read_status(run, rank, token)
+
+    monkeypatch.setattr(look.time, "sleep", sleep)
+    monkeypatch.setattr(look, "read_status", read_status)
+    view = Watch(tmp_path, clock=lambda: now).look_until_settled()
+    assert {each.record.rank: each.short for each in view.ranks} == {0: "", 1: "", 2: "silent 16 s", 3: "silent 16 s"}
+    assert {rank: heard.count(rank) for rank in range(4)} == {0: 1, 1: 6, 2: 16, 3: 16}
+
+
+@pytest.mark.parametrize("name", ["step-00000300.bak", "step-300", "step-x", ".step-00000300"])
+def test_only_folders_named_as_checkpoints_are_checkpoints(name: str, tmp_path: Path) -> None:
+    fill(tmp_path, 1)
+    (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / name / "complete.json").write_text("{}")
+    assert newest_checkpoint_step(tmp_path) == 20
 
 
 @pytest.mark.parametrize("world_size", [2, 16, 1024])
