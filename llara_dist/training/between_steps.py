@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from llara_dist.errors import RequeueError
 from llara_dist.supervision.progress import Phase
 from llara_dist.training.metrics_log import MetricsLog
 from llara_dist.training.run import Run
 
 
-class StoppedError(RuntimeError):
+class StoppedError(RequeueError):
     """A rank was asked to stop; what the run's checkpoints hold goes as far as `done` steps.
 
     Args:

@@ -46,12 +46,12 @@ def train_loop(
     if is_main and run.first_step >= run.total_steps:
         say(f"{out}: all {run.total_steps} steps are done already")
     with (
-        run.writer,
         MetricsLog(
             *(out, run.first_step, run.total_steps, is_main, run.validated),
             tensorboard=run.config.tracking.tensorboard,
             trackers=partial(open_trackers, run.config),
         ) as log,
+        run.writer,  # left before the log is: a last checkpoint that cannot be written is how the run ended
         Profiler(out, run.engine.device, enabled=profile and is_main) as profiler,
     ):
         return {"out": str(out), **run_steps(run, log, profiler, debugger, stop_requested, lost)}

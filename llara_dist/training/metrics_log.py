@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from llara_dist.console import say
+from llara_dist.errors import RequeueError
 from llara_dist.integrity import write_file
 from llara_dist.training.pace import ROWS, Pace, progress_line
 from llara_dist.training.scores import ValidationScores
-from llara_dist.training.trackers import Background
+from llara_dist.training.trackers import Background, Ending, numbers_of
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -34,10 +35,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _last_step(rows: list[dict[str, Any]]) -> int:
-    return max((row["step"] for row in rows), default=-1)
-
-
 class MetricsLog:
     """Rank 0's log of one run; other ranks hold one that does nothing.
 
@@ -48,7 +45,7 @@ class MetricsLog:
         enabled: whether this process writes.
         validated: the last step whose validation this start does not repeat.
         tensorboard: whether event files are written to OUT/tensorboard.
-        trackers: opens what else gets the rows, told up to which step of each kind earlier starts have logged them.
+        trackers: opens what else gets the rows, given those of earlier starts that stay in the log, by kind.
     """
 
     def __init__(
@@ -59,27 +56,24 @@ class MetricsLog:
         enabled: bool,
         validated: int = 0,
         tensorboard: bool = True,
-        trackers: Callable[[Mapping[str, int]], Sequence[Background]] = lambda _: (),
+        trackers: Callable[[Mapping[str, Sequence[Mapping[str, Any]]]], Sequence[Background]] = lambda _: (),
     ) -> None:
         self.enabled = enabled
         if not enabled:
             return
         self._path, self._validations = out / "metrics.jsonl", out / "validation.jsonl"
-        rows, validations = read_metrics(self._path), read_metrics(self._validations)
-        write_file(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step))
+        rows = [row for row in read_metrics(self._path) if row["step"] < first_step]
+        validations = [row for row in read_metrics(self._validations) if row["step"] <= validated]
+        write_file(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
         if self._validations.exists():
-            done = [row for row in validations if row["step"] <= validated]
-            write_file(self._validations, "".join(json.dumps(row) + "\n" for row in done))
+            write_file(self._validations, "".join(json.dumps(row) + "\n" for row in validations))
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
-        handed_over = {"train": rows, "validation": validations}
-        self._trackers = trackers(
-            {kind: max((row["step"] for row in r), default=-1) for kind, r in handed_over.items()}
-        )
+        self._trackers = trackers({"train": rows, "validation": validations})
         self._complained = False
         self._recent: deque[dict[str, Any]] = deque(maxlen=ROWS)
         self._last_line, self._unsaid = -math.inf, False
@@ -127,7 +121,7 @@ class MetricsLog:
 
     def _track(self, kind: str, row: Mapping[str, Any]) -> None:
         """Hand a row to TensorBoard and the trackers."""
-        numbers = {name: v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+        numbers = numbers_of(row)
         for tracker in self._trackers:
             tracker.log(kind, row["step"], numbers)
         if self._board is not None:
@@ -162,11 +156,18 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close(Ending.FINISHED)
+        else:
+            self.close(Ending.KILLED if isinstance(error, RequeueError | KeyboardInterrupt) else Ending.FAILED)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def close(self, ending: Ending = Ending.FINISHED) -> None:
+        """Flush and close everything.
+
+        Args:
+            ending: of the run, for the trackers.
+        """
         if not self.enabled:
             return
         if self._bar is not None:
@@ -179,4 +180,4 @@ class MetricsLog:
             with self._outliving_the_disk():
                 self._board.close()
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(ending)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from llara_dist.errors import RankLostError
+from llara_dist.training.between_steps import StoppedError
 from llara_dist.training.metrics_log import MetricsLog, read_metrics
 from llara_dist.training.pace import Pace, compact, duration, progress_line
 from llara_dist.training.scores import ValidationScores
+from llara_dist.training.trackers import Ending
 
 ROW = {
     "loss": 1.0,
@@ -103,20 +106,43 @@ def test_rows_go_to_the_trackers_which_learn_what_earlier_starts_logged(tmp_path
         def log(self, kind: str, step: int, numbers: dict[str, float]) -> None:
             calls.append((kind, step, sorted(numbers)[:1]))
 
-        def close(self) -> None:
-            calls.append("closed")
+        def close(self, ending: Ending) -> None:
+            calls.append(ending)
 
-    def open_trackers(handed_over: object) -> list[Recorder]:
-        calls.append(handed_over)
+    def open_trackers(logged: dict[str, list[dict[str, int]]]) -> list[Recorder]:
+        calls.append({kind: [row["step"] for row in rows] for kind, rows in logged.items()})
         return [Recorder()]
 
     for first_step in (0, 2):
-        with MetricsLog(tmp_path, first_step, 9, True, 0, tensorboard=False, trackers=open_trackers) as log:
+        with MetricsLog(tmp_path, first_step, 9, True, first_step, tensorboard=False, trackers=open_trackers) as log:
             for step in range(first_step, 4):
                 log.write({"step": step, **ROW})
-            log.write_validation(scores(4), is_best=False)
+            for step in (2, 4):
+                log.write_validation(scores(step), is_best=False)
     steps = [("train", step, ["data_wait_s"]) for step in range(4)]
-    validation = ("validation", 4, ["best"])
-    assert calls[:7] == [{"train": -1, "validation": -1}, *steps, validation, "closed"]
-    assert calls[7:] == [{"train": 3, "validation": 4}, *steps[2:], validation, "closed"]
+    validations = [("validation", step, ["best"]) for step in (2, 4)]
+    assert calls[:8] == [{"train": [], "validation": []}, *steps, *validations, Ending.FINISHED]
+    assert calls[8:] == [{"train": [0, 1], "validation": [2]}, *steps[2:], *validations, Ending.FINISHED]
     assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (StoppedError(3), Ending.KILLED),
+        (RankLostError("rank 1 is dead"), Ending.FAILED),
+        (ValueError("odd"), Ending.FAILED),
+    ],
+)
+def test_trackers_learn_how_the_run_ended(error: Exception, ending: Ending, tmp_path: Path) -> None:
+    endings: list[Ending] = []
+
+    class Recorder:
+        close = staticmethod(endings.append)
+
+    with (
+        pytest.raises(type(error)),
+        MetricsLog(tmp_path, 0, 9, True, tensorboard=False, trackers=lambda _: [Recorder()]),
+    ):
+        raise error
+    assert endings == [ending]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 from llara_dist.config import DataConfig, RunConfig, TrackingConfig
 from llara_dist.errors import FindingsError
 from llara_dist.training import trackers
-from llara_dist.training.trackers import Background, Row, check_tracking, open_trackers, without_secrets
+from llara_dist.training.trackers import Background, Ending, Memory, Row, check_tracking, open_trackers, without_secrets
 from tests.runs import ROOT
 
 
@@ -27,7 +29,7 @@ class Recorder:
     def __init__(self, failures: int = 0) -> None:
         self.failures = failures
         self.rows: list[Row] = []
-        self.closed = False
+        self.ending: Ending | None = None
 
     def send(self, rows: list[Row]) -> None:
         if self.failures:
@@ -35,8 +37,8 @@ class Recorder:
             raise ConnectionError("https://me:secret@example.org/api?key=hidden is away")
         self.rows += rows
 
-    def close(self) -> None:
-        self.closed = True
+    def close(self, ending: Ending) -> None:
+        self.ending = ending
 
 
 def test_every_row_comes_once_and_in_order() -> None:
@@ -46,10 +48,10 @@ def test_every_row_comes_once_and_in_order() -> None:
         background.log("train", step, {"loss": 1, "mfu": 0.5})
     for step in (4, 8):
         background.log("validation", step, {"hit_ratio": 0.5})
-    background.close()
-    steps = [(step, {"train/loss": 1.0, "train/mfu": 0.5}) for step in range(3, 200)]
-    assert service.rows == [*steps, (8, {"validation/hit_ratio": 0.5})]
-    assert service.closed
+    background.close(Ending.KILLED)
+    steps = [("train", step, {"train/loss": 1.0, "train/mfu": 0.5}) for step in range(3, 200)]
+    assert service.rows == [*steps, ("validation", 8, {"validation/hit_ratio": 0.5})]
+    assert service.ending is Ending.KILLED
 
 
 def test_an_outage_is_said_once_without_secrets_and_tried_again(
@@ -64,7 +66,7 @@ def test_an_outage_is_said_once_without_secrets_and_tried_again(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     background.close()
-    assert service.rows == [(0, {"train/loss": 1.0})]
+    assert service.rows == [("train", 0, {"train/loss": 1.0})]
     said = capsys.readouterr().err
     assert said.count("warning: service: ") == 1
     assert "ConnectionError: https://example.org/api is away; the run goes on, and it is tried again" in said
@@ -126,23 +128,91 @@ def test_which_run_it_is_and_what_was_handed_over_outlives_restarts(
     monkeypatch.setattr(trackers, "WandbRun", begin)
     config = RunConfig(out=tmp_path, tracking=TrackingConfig(wandb="p"))
 
-    def start(first_step: int, end: int, logged: int) -> list[int]:
+    def start(first_step: int, end: int) -> list[int]:
         """Returns the steps that the service was sent; it is not even opened where there are none."""
         known = len(services)
-        (background,) = open_trackers(config, {"train": logged, "validation": -1})
+        (background,) = open_trackers(config, {"train": rows(first_step)})
         for step in range(first_step, end):
             background.log("train", step, {"loss": 1.0})
         background.close()
-        return [step for _, service in services[known:] for step, _ in service.rows]
+        return [step for _, service in services[known:] for _, step, _ in service.rows]
 
-    assert start(0, 38, logged=-1) == list(range(38))
-    assert start(30, 34, logged=37) == []
+    assert start(0, 38) == list(range(38))
+    assert start(30, 34) == []
     # The second start's log ended at step 33, yet the service knows 37.
-    assert start(30, 40, logged=33) == [38, 39]
+    assert start(30, 40) == [38, 39]
     assert len({run_id for run_id, _ in services}) == 1
     config = dataclasses.replace(config, tracking=TrackingConfig(wandb="another"))
-    assert start(30, 32, logged=39) == [30, 31]
+    assert start(30, 32) == list(range(32))
     assert len({run_id for run_id, _ in services}) == 2
+
+
+def rows(end: int) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": 1.0, "mfu": None} for step in range(end)]
+
+
+def test_rows_that_a_service_missed_are_sent_at_the_next_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A start whose service goes away for good after step 7; then one that goes on from that start's log."""
+    service = Recorder()
+    monkeypatch.setattr(trackers, "MlflowRun", lambda *_: service)
+    monkeypatch.setattr(trackers, "_AT_ONCE", 4)
+    monkeypatch.setattr(trackers, "_RETRY_S", 0.01)
+    config = RunConfig(out=tmp_path, tracking=TrackingConfig(mlflow="e"))
+    (background,) = open_trackers(config, {"train": rows(8)})
+    deadline = time.monotonic() + 60
+    while Memory(tmp_path).of("mlflow", "e")["told"] != {"train": 7}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    service.failures = 10**9
+    for step in range(8, 12):
+        background.log("train", step, {"loss": 1.0})
+    background.close(Ending.FAILED)
+    assert [step for _, step, _ in service.rows] == list(range(8))
+
+    service.failures = 0
+    (background,) = open_trackers(config, {"train": rows(12), "validation": [{"step": 10, "hit_ratio": 0.5}]})
+    background.log("train", 12, {"loss": 1.0})
+    background.close()
+    late = [("train", 8), ("train", 9), ("validation", 10), ("train", 10), ("train", 11), ("train", 12)]
+    assert [(kind, step) for kind, step, _ in service.rows[8:]] == late
+    assert Memory(tmp_path).of("mlflow", "e")["told"] == {"train": 12, "validation": 10}
+
+
+def test_of_a_long_outage_the_newest_rows_are_sent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = Recorder()
+    monkeypatch.setattr(trackers, "MlflowRun", lambda *_: service)
+    monkeypatch.setattr(trackers, "_CAUGHT_UP", 5)
+    config = RunConfig(out=tmp_path, tracking=TrackingConfig(mlflow="e"))
+    (background,) = open_trackers(config, {"train": rows(900)})
+    background.close()
+    assert [step for _, step, _ in service.rows] == list(range(895, 900))
+    assert "mlflow: of 900 rows that it missed it gets the newest 5" in capsys.readouterr().err
+
+
+def test_a_state_that_cannot_be_written_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    service = Recorder()
+    monkeypatch.setattr(trackers, "MlflowRun", lambda *_: service)
+    (tmp_path / "tracking.json").mkdir()
+    (background,) = open_trackers(RunConfig(out=tmp_path, tracking=TrackingConfig(mlflow="e")), {})
+    for step in range(3):
+        background.log("train", step, {"loss": 1.0})
+    background.close()
+    assert [step for _, step, _ in service.rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"mlflow": []}', '{"mlflow": {"project": "e", "told": [], "id": 3}}', '{"mlfl']
+)
+def test_a_state_of_another_form_is_as_none(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened = []
+    monkeypatch.setattr(trackers, "MlflowRun", lambda *arguments: opened.append(arguments[2]) or Recorder())
+    (tmp_path / "tracking.json").write_text(text)
+    (background,) = open_trackers(RunConfig(out=tmp_path, tracking=TrackingConfig(mlflow="e")), {"train": rows(2)})
+    background.close()
+    assert opened == [""]
+    assert Memory(tmp_path).of("mlflow", "e")["told"] == {"train": 1}
 
 
 WRITE = """
@@ -150,30 +220,43 @@ import sys
 from pathlib import Path
 from llara_dist.config import DataConfig, RunConfig, TrackingConfig
 from llara_dist.training import trackers
-from llara_dist.training.trackers import open_trackers
-first, end, logged = map(int, sys.argv[2:5])
+from llara_dist.training.trackers import Ending, open_trackers
+first, end = map(int, sys.argv[2:4])
+ending = Ending(sys.argv[4])
 trackers.CLOSE_S = float(sys.argv[6])
 tracking = TrackingConfig(name="tuned", **{sys.argv[5]: "llara"})
 config = RunConfig(out=Path(sys.argv[1]), tracking=tracking, data=DataConfig(shards="https://me:secret@host/shards"))
 config.out.mkdir(exist_ok=True)
-(background,) = open_trackers(config, {"train": logged, "validation": -1})
+(background,) = open_trackers(config, {})
 for step in range(first, end):
     background.log("train", step, {"loss": 1.0 / (step + 1)})
-background.close()
+background.close(ending)
 """
 
 
-def write(out: Path, first: int, end: int, logged: int, name: str, close_s: float = 100, **environment: str) -> str:
+def writing(out: Path, first: int, end: int, ending: Ending, name: str, close_s: float, **environment: str) -> dict:
+    """How a process is started that is one start of a run."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_", "NETRC"))}
+    python_path = os.pathsep.join([str(ROOT), *sys.path])
+    return {
+        "args": [sys.executable, "-c", WRITE, str(out), str(first), str(end), ending, name, str(close_s)],
+        "cwd": out.parent,
+        "env": {**kept, "PYTHONPATH": python_path, "HOME": str(out.parent), **environment},
+    }
+
+
+def write(
+    out: Path,
+    first: int,
+    end: int,
+    name: str,
+    ending: Ending = Ending.FINISHED,
+    close_s: float = 100,
+    **environment: str,
+) -> str:
     """One start in a process of its own; returns what it said."""
     done = subprocess.run(
-        [sys.executable, "-c", WRITE, str(out), str(first), str(end), str(logged), name, str(close_s)],
-        cwd=out.parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "HOME": str(out.parent),
-            **environment,
-        },
+        **writing(out, first, end, ending, name, close_s, **environment),
         capture_output=True,
         text=True,
         timeout=120,
@@ -187,13 +270,13 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     address = f"sqlite:///{tmp_path}/mlflow.db"
-    for first, end, logged in ((0, 8, -1), (5, 9, 7)):
-        said = write(tmp_path / "run", first, end, logged, "mlflow", MLFLOW_TRACKING_URI=address)
-        assert "warning: mlflow" not in said
     client = mlflow.MlflowClient(tracking_uri=address)
-    (run,) = client.search_runs([client.get_experiment_by_name("llara").experiment_id])
+    for first, end, ending in ((0, 6, Ending.KILLED), (5, 8, Ending.FAILED), (5, 9, Ending.FINISHED)):
+        said = write(tmp_path / "run", first, end, "mlflow", ending, MLFLOW_TRACKING_URI=address)
+        assert "warning: mlflow" not in said
+        (run,) = client.search_runs([client.get_experiment_by_name("llara").experiment_id])
+        assert run.info.status == str(ending)
     assert run.info.run_name == "tuned"
-    assert run.info.status == "FINISHED"
     assert run.data.params["data.shards"] == "https://host/shards"
     assert run.data.params["lora.rank"] == "8"
     history = client.get_metric_history(run.info.run_id, "train/loss")
@@ -204,8 +287,8 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_wandb_offline_writes_both_starts_under_one_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    for first, end, logged in ((0, 8, -1), (5, 9, 7)):
-        said = write(tmp_path / "run", first, end, logged, "wandb", WANDB_MODE="offline")
+    for first, end, ending in ((0, 8, Ending.FAILED), (5, 9, Ending.FINISHED)):
+        said = write(tmp_path / "run", first, end, "wandb", ending, WANDB_MODE="offline")
         assert "warning: wandb" not in said
         time.sleep(1.1)  # its folders are named by the second
     run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb"]["id"]
@@ -221,10 +304,75 @@ def test_wandb_without_a_server_costs_a_line(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
     began = time.monotonic()
-    said = write(tmp_path / "run", 0, 3, -1, "wandb", close_s=3, **away)
+    said = write(tmp_path / "run", 0, 3, "wandb", close_s=3, **away)
     assert time.monotonic() - began < 30
     assert "it did not take all of the run's rows in time" in said
     assert "a" * 40 not in said
+
+
+def test_wandb_without_a_key_asks_nobody_on_a_terminal(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        **writing(tmp_path / "run", 0, 3, Ending.FINISHED, "wandb", 5.0), stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said, deadline = b"", time.monotonic() + 60
+    try:
+        while process.poll() is None or select.select([ours], [], [], 0)[0]:
+            assert time.monotonic() < deadline, said.decode()
+            if select.select([ours], [], [], 0.1)[0]:
+                try:
+                    said += os.read(ours, 1 << 16)
+                except OSError:  # the other end is closed
+                    break
+        assert process.wait(60) == 0, said.decode()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        os.close(ours)
+    first, *others = said.decode().splitlines()
+    assert first.startswith("warning: wandb: ConnectionError: no API key: set WANDB_API_KEY, or run `wandb login`, or ")
+    assert others == [
+        "warning: wandb: it did not take all of the run's rows in time; metrics.jsonl holds every one",
+    ]
+
+
+CHECK = """
+import os, sys
+from llara_dist.config import TrackingConfig
+from llara_dist.errors import InputError
+from llara_dist.training.trackers import check_tracking
+try:
+    check_tracking(TrackingConfig(wandb="llara"), is_main=sys.argv[1] == "0")
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "environment", "found"),
+    [
+        (0, {}, "tracking.wandb=llara: W&B has no API key; set WANDB_API_KEY, or run `wandb login`, or set WANDB_MODE"),
+        (1, {}, ""),
+        (0, {"WANDB_API_KEY": "a" * 40}, ""),
+        (0, {"WANDB_API_KEY": "short"}, "tracking.wandb=llara: WANDB_API_KEY invalid: "),
+        (0, {"WANDB_MODE": "offline"}, ""),
+        (0, {"WANDB_MODE": "disabled"}, ""),
+    ],
+)
+def test_a_missing_key_is_found_before_training(
+    rank: int, environment: dict[str, str], found: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    setup = writing(tmp_path / "run", 0, 0, Ending.FINISHED, "wandb", 0.0, **environment)
+    setup["args"] = [sys.executable, "-c", CHECK, str(rank)]
+    done = subprocess.run(**setup, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(found)
+    assert bool(done.stdout) == bool(found)
+    assert done.stdout.count("\n") <= 1
 
 
 def test_config_with_tracking_is_rebuilt() -> None:

@@ -173,7 +173,7 @@ def examine(config: RunConfig, world: World, local_ranks: int) -> tuple[Checklis
 
     plan = _examine_batch(checks, config, world, local_ranks, shards)
     total_steps = None if plan is None else min(plan.num_steps, config.data.max_steps or plan.num_steps)
-    checks.run("tracking", check_tracking, config.tracking)
+    checks.run("tracking", check_tracking, config.tracking, world.is_main)
     checks.run("output folder", check_out, config, passed=lambda _: str(config.out))
     checkpoint = None
     contract = checks.run("base model", contract_of, config, plan, item_table, total_steps, after=[weights])
