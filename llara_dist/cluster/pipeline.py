@@ -146,6 +146,8 @@ def step_words(name: str, pipeline: Pipeline, out: Path) -> list[str]:
     if name == "report" and ("prepare" in pipeline.steps or "data" in pipeline.given):
         fixed["data"] = data
     options = dict(step.options)
+    if name == "report":
+        options.setdefault("title", out.name)  # every pipeline's run is called run
     if name == "report" and "evaluate" in pipeline.steps:
         split = pipeline.steps["evaluate"].options.get("split", "test")
         if options.setdefault("split", split) != split:
