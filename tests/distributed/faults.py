@@ -43,15 +43,24 @@ def fault_at(phase: Phase, step: int, fault: str, file: Path) -> None:
         while True:
             pass
     if phase is Phase.FORWARD and fault == "suspend":
-        while (record := parse_status(file.read_text())) is None or record.progress.step < STEP:
-            time.sleep(0.01)  # a suspended rank is known by its last sign of life alone
+        wait_until_told(file, phase)
         os.kill(os.getpid(), signal.SIGSTOP)
     if phase is Phase.FORWARD and fault == "fail":
         raise ValueError("shard 7 is damaged")
     if phase is Phase.BACKWARD and fault == "hold the interpreter":
+        wait_until_told(file, phase)
         ctypes.PyDLL(None).sleep(1000)  # PyDLL: without letting other threads run
     if phase is Phase.VALIDATION and fault == "validate for ever":
         time.sleep(1000)
+
+
+def wait_until_told(file: Path, phase: Phase) -> None:
+    """Wait until the rank's status file tells where it stands: of a silent one the others know nothing else."""
+    told = None
+    while told != (STEP, phase):
+        time.sleep(0.01)
+        record = parse_status(file.read_text())
+        told = None if record is None else (record.progress.step, record.progress.phase)
 
 
 def run(rank: int, size: int, folder: Path, fault: str) -> None:
