@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from typing import Any, Self
 
 NETWORK = "10.77.0"
 INTERFACE = "eth0"
+HOME = pwd.getpwuid(os.geteuid()).pw_dir
+"""where ssh looks for its files, whatever the variable says"""
 _ALONE = ("--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc")
 _DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 # The first process of a process namespace inherits its orphans; with SIGCHLD ignored the kernel reaps them.
@@ -88,7 +91,7 @@ class Host:
             "net",
             f"ip link set lo up && ip addr add {self.address}/24 dev {INTERFACE} && ip link set {INTERFACE} up",
         )
-        ssh = Path("/root/.ssh")
+        ssh = Path(HOME) / ".ssh"
         ssh.mkdir(mode=0o700, exist_ok=True)
         self.check(
             f"hostname {self.name} && mount -t tmpfs run /run && mkdir -p /run/sshd /run/munge /run/etc && "
@@ -107,7 +110,7 @@ class Host:
 
         Args:
             command: argument vector; its first word is looked up on PATH.
-            options: of subprocess.Popen. HOME is /root, and nothing of a launcher's or scheduler's variables is passed.
+            options: of subprocess.Popen. HOME is the user's own; no variable of a launcher or scheduler is passed.
         """
         assert self.is_up, f"{self.name} is down"
         environment = options.pop("env", None)
@@ -232,7 +235,7 @@ def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str,
         "TORCHELASTIC",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**kept, "HOME": "/root", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})}
+    return {**kept, "HOME": HOME, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})}
 
 
 def _enter(pid: int, *namespaces: str) -> list[str]:

@@ -97,14 +97,16 @@ def test_when_slurm_refuses_nothing_is_left(slurm: FakeSlurm, tmp_path: Path, ki
     assert not (tmp_path / "run").exists()
 
 
+def full_disk(folder: Path, record: JobRecord) -> None:
+    """Stands for `write_record` on a disk that has no room left for the job's id."""
+    if record.job_id:
+        raise OSError(28, "No space left on device")
+
+
 def test_a_job_that_cannot_be_recorded_is_cancelled(
     slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(folder: Path, record: JobRecord) -> None:
-        if record.job_id:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(records, "write_record", full)
+    monkeypatch.setattr(records, "write_record", full_disk)
     with pytest.raises(OSError, match="No space left"):
         submit("--out", str(tmp_path / "run"))
     assert [call["arguments"] for call in slurm.calls("scancel")] == [["101"]]
@@ -130,11 +132,7 @@ def test_a_job_that_slurm_took_without_saying_so_is_cancelled(
 def test_the_words_of_the_first_error_are_said(
     slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(folder: Path, record: JobRecord) -> None:
-        if record.job_id:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(records, "write_record", full)
+    monkeypatch.setattr(records, "write_record", full_disk)
     slurm.answer("scancel", code=1, error="scancel: error: controller busy")
     with pytest.raises(OSError, match="No space left"):
         submit("--out", str(tmp_path / "run"))
