@@ -21,7 +21,7 @@ from llara_dist.supervision.run_lock import hold_run
 from llara_dist.supervision.stop_signals import StopSignals
 from llara_dist.supervision.watchdog import RankMonitor
 from llara_dist.training.between_steps import StoppedError
-from llara_dist.training.checkpoints.writer import newest_step
+from llara_dist.training.checkpoints.folders import newest_step
 from llara_dist.training.debug import Debugger, check_folder, shrink
 from llara_dist.training.fit_device import DEBUG_BYTES, fit_device
 from llara_dist.training.loop import train_loop

@@ -19,6 +19,7 @@ from llara_dist.console import say, table
 from llara_dist.errors import InputError
 from llara_dist.supervision.rank_logs import log_path
 from llara_dist.supervision.rank_status import read_statuses
+from llara_dist.training.checkpoints.folders import STATE, checkpoint_folders
 
 LOOK_S = 1.0
 """seconds between looks at a file that is followed"""
@@ -245,9 +246,9 @@ def _job_row(job: Job, state: JobState | None) -> dict[str, Any]:
 
 def _total_steps(run: Path) -> int | None:
     """T, as the newest checkpoint says; it is not opened whole: hashing gigabytes is no matter of a look."""
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(checkpoint_folders(run / "checkpoints")):
         try:
-            return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["total_steps"])
+            return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["total_steps"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None

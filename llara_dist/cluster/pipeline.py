@@ -25,6 +25,7 @@ from llara_dist.data.parts import PART, Part
 from llara_dist.ds_config import load_ds_config
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json
+from llara_dist.training.checkpoints.folders import MARKER, STATE, checkpoint_folders
 
 FUNCTIONS = {
     "prepare": "llara_dist.data.prepare:prepare",
@@ -119,9 +120,9 @@ def is_done(name: str, pipeline: Pipeline, out: Path) -> bool:
 
 def is_trained(run: Path) -> bool:
     """Whether a run has done all its steps. One that ended early by validation counts as not: asked again, it ends."""
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        if (folder / "complete.json").is_file():
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for folder in reversed(checkpoint_folders(run / "checkpoints")):
+        if (folder / MARKER).is_file():
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return bool(state["step"] >= state["total_steps"])
     return False
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from llara_dist.integrity import append_json_line, read_json_lines
+from llara_dist.training.checkpoints.folders import checkpoint_folders, checkpoint_step
 
 REQUEUES = "requeues.jsonl"
 IDLE_REQUEUES = 3
@@ -42,29 +43,18 @@ class Requeue:
 
 def read_requeues(out: Path) -> list[Requeue]:
     """All of a run's, oldest first; lines that a kill or a full disk tore are left out."""
-    path = out / REQUEUES
     requeues = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            values = json.loads(line)
-            requeues.append(
-                Requeue(**{**values, "blamed": tuple(values["blamed"]), "excluded": tuple(values["excluded"])})
-            )
-        except (ValueError, TypeError, KeyError):
-            continue
+    for values in read_json_lines(out / REQUEUES):
+        with contextlib.suppress(TypeError, KeyError):
+            nodes = {"blamed": tuple(values["blamed"]), "excluded": tuple(values["excluded"])}
+            requeues.append(Requeue(**{**values, **nodes}))
     return requeues
 
 
 def record_requeue(out: Path, requeue: Requeue) -> None:
     """Append one, durably."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / REQUEUES
-    # A line that was torn before must not swallow this one.
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" * torn + json.dumps(dataclasses.asdict(requeue)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_json_line(out / REQUEUES, dataclasses.asdict(requeue))
 
 
 def idle_requeues(requeues: Sequence[Requeue], step: int) -> int:
@@ -79,5 +69,5 @@ def idle_requeues(requeues: Sequence[Requeue], step: int) -> int:
 
 def newest_step(out: Path) -> int:
     """The step of a run's newest checkpoint by its name alone, which no half-written one has; 0 = there is none."""
-    names = (re.fullmatch(r"step-(\d{8})", path.name) for path in (out / "checkpoints").glob("step-*"))
-    return max((int(match[1]) for match in names if match), default=0)
+    folders = checkpoint_folders(out / "checkpoints")
+    return checkpoint_step(folders[-1]) if folders else 0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llara_dist.distributed import Job
+from llara_dist.integrity import append_json_line, read_json_lines
 
 STARTS = "starts.jsonl"
 IDLE_RESTARTS = 2
@@ -45,13 +45,10 @@ class Start:
 
 def read_starts(out: Path) -> list[Start]:
     """All starts, oldest first; lines that a kill or a full disk tore are left out."""
-    path = Path(out) / STARTS
     starts = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            starts.append(Start(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+    for values in read_json_lines(Path(out) / STARTS):
+        with contextlib.suppress(TypeError):
+            starts.append(Start(**values))
     return starts
 
 
@@ -69,13 +66,7 @@ def record_start(
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     start = Start(job.name, job.restart, first_step, now, tuple(nodes), max_tokens_per_microbatch)
-    path = Path(out) / STARTS
-    # A line that was torn before must not swallow this one.
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" * torn + json.dumps(dataclasses.asdict(start)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_json_line(Path(out) / STARTS, dataclasses.asdict(start))
 
 
 def idle_restarts(starts: Sequence[Start], done: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from llara_dist.errors import InputError
 from llara_dist.supervision.heartbeat import silence_s
 from llara_dist.supervision.rank_status import RankRecord, read_status, read_statuses
 from llara_dist.supervision.run_lock import LockRecord, parse_lock
+from llara_dist.training.checkpoints.folders import newest_step
 from llara_dist.training.pace import ROWS, Pace
 from llara_dist.watching.marks import Judged, Mark, Seen, judge, state_of
 
@@ -22,7 +22,6 @@ _TAIL = 1 << 16
 _READS = 5
 """a status file is read at most so many times for each time that it is written"""
 _SHORTEST_WAIT_S = 0.2
-_CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Watch:
         world_size = max((record.world_size for record in records), default=0)
         missing = tuple(sorted(set(range(world_size)) - {record.rank for record in records}))
         rows = tail(self._run / "metrics.jsonl")
-        saved = newest_checkpoint_step(self._run)
+        saved = newest_step(self._run / "checkpoints")
         validations = tail(self._run / "validation.jsonl")
         return View(
             run=self._run,
@@ -192,12 +191,6 @@ def tail(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-def newest_checkpoint_step(run: Path) -> int | None:
-    """Steps in the newest complete checkpoint, by its name and marker alone; needs no torch."""
-    names = (path.parent.name for path in (run / "checkpoints").glob("step-*/complete.json"))
-    return max((int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))), default=None)
 
 
 def newest_lock(run: Path) -> LockRecord | None:

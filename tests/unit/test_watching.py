@@ -28,8 +28,9 @@ from llara_dist.supervision.progress import Phase, Progress
 from llara_dist.supervision.rank_status import KILLED, STOPPED, RankRecord, write_status
 from llara_dist.supervision.run_lock import RunLock
 from llara_dist.supervision.step_clock import StepCost
+from llara_dist.training.checkpoints.folders import newest_step
 from llara_dist.watching import look
-from llara_dist.watching.look import Watch, newest_checkpoint_step, tail
+from llara_dist.watching.look import Watch, tail
 from llara_dist.watching.marks import Mark, Seen, judge, state_of
 from llara_dist.watching.screen import ODD, draw
 from llara_dist.watching.top import top
@@ -249,7 +250,7 @@ def test_only_folders_named_as_checkpoints_are_checkpoints(name: str, tmp_path: 
     fill(tmp_path, 1)
     (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints" / name / "complete.json").write_text("{}")
-    assert newest_checkpoint_step(tmp_path) == 20
+    assert newest_step(tmp_path / "checkpoints") == 20
 
 
 @pytest.mark.parametrize("world_size", [2, 16, 1024])

@@ -10,7 +10,6 @@ This room reads; `snapshot` and `writer` write.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from llara_dist.errors import InputError
 from llara_dist.integrity import read_json, sha256_file
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.training.checkpoints.best import BEST, read_best
+from llara_dist.training.checkpoints.folders import MARKER, STATE, checkpoint_folders, checkpoint_path
 from llara_dist.training.engine import Engine
 from llara_dist.training.optimizer_state import write_moments
 
@@ -31,8 +31,6 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR = "projector.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
-MARKER = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -56,25 +54,6 @@ class Checkpoint:
     def progress(self) -> dict[str, Any]:
         """What the loop counted up to here beside steps; empty where it counted nothing."""
         return self.state.get("progress", {})
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after so many optimizer steps lies; names sort by step.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-        step: optimizer steps done.
-    """
-    return folder / f"step-{step:08d}"
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, complete or not, by step; what a person put beside them under another name is not one.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-    """
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def peft_key(name: str) -> str:

@@ -29,7 +29,7 @@ from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.integrity import fsync_folder, staged_folder
 from llara_dist.training.checkpoints.best import BEST, read_best, write_best
-from llara_dist.training.checkpoints.checkpoint import MARKER, checkpoint_folders, checkpoint_path
+from llara_dist.training.checkpoints.folders import MARKER, checkpoint_folders, checkpoint_path, newest_step
 from llara_dist.training.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
 from llara_dist.training.engine import Engine
 from llara_dist.training.scores import ValidationScores
@@ -262,12 +262,6 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
     for path in folder.glob(f".{BEST}.*.staging"):
         path.unlink()
-
-
-def newest_step(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint by its marker alone, None where there is none."""
-    complete = [path for path in checkpoint_folders(folder) if (path / MARKER).is_file()]
-    return int(complete[-1].name.removeprefix("step-")) if complete else None
 
 
 def free_bytes(folder: Path) -> int | None:
