@@ -94,6 +94,30 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation computes; none of them changes a result beyond rounding (dropout's draws apart).
+
+    What `auto` came to is printed at the start (`model/kernels.py`).
+
+    Attributes:
+        attention: of packed rows, where model.attention=packed: flash3, flash2 = the flash-attn package; varlen =
+            torch.nn.attention.varlen; sdpa = scaled-dot-product attention, sample by sample.
+        projector: triton = one fused op; eager = PyTorch's ops one after the other.
+        lora: fused = one op around each linear layer; peft = PEFT's own forward pass.
+        layers: liger = Liger kernels for RMSNorm, RoPE and SwiGLU; torch = transformers' own.
+        last_layer: answers = the last layer computes only what the answers' predictions need; all = every position.
+        compile: torch.compile of the decoder layers.
+    """
+
+    attention: Literal["auto", "flash3", "flash2", "varlen", "sdpa"] = "auto"
+    projector: Literal["auto", "triton", "eager"] = "auto"
+    lora: Literal["auto", "fused", "peft"] = "auto"
+    layers: Literal["auto", "liger", "torch"] = "auto"
+    last_layer: Literal["answers", "all"] = "answers"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the samples come from and how they are read.
 
@@ -307,6 +331,7 @@ class RunConfig:
         model: the frozen language model.
         lora: the adapters.
         projector: item table → input space.
+        kernels: which implementation computes.
         recommender: where behaviour embeddings come from.
         data: samples, batch and token budget.
         curriculum: text-only → hybrid.
@@ -327,6 +352,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     recommender: RecommenderConfig = field(default_factory=RecommenderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)

@@ -88,6 +88,7 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
                 tokens = maker.max_tokens_per_microbatch
                 record_start(config.out, job, run.first_step, maker.nodes, tokens)
                 announce(config, inputs)
+                say(f"kernels: {run.engine.model.kernels}")
                 if run.validations.measured_anew:
                     say("validation is measured in another way than before: its best score and patience begin anew")
             try:

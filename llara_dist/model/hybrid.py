@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
+from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.errors import InputError
 from llara_dist.model.attention import NAME as PACKED
 from llara_dist.model.attention import Packing
+from llara_dist.model.kernels import Kernels, choose_kernels
 from llara_dist.model.llama import attach_lora, compute_dtype, load_llama
 from llara_dist.model.ops.projector import output_rms
 from llara_dist.model.projector import Projector
@@ -29,14 +30,18 @@ class HybridLlama(nn.Module):
         projector: [U, d] → [U, h].
         item_table: [num_items, d] float32, frozen; kept as a buffer that is saved nowhere.
         dtype: what matrix products run in; parameters that train stay float32 whatever it is.
+        kernels: which implementation computes.
     """
 
     item_table: Tensor
     llm: Any
 
-    def __init__(self, llm: nn.Module, projector: Projector, item_table: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, llm: nn.Module, projector: Projector, item_table: Tensor, dtype: torch.dtype, kernels: Kernels
+    ) -> None:
         super().__init__()
         self.llm = llm
+        self.kernels = kernels
         self.projector = projector
         self.dtype = dtype
         self.register_buffer("item_table", item_table.to(torch.float32), persistent=False)
@@ -92,6 +97,10 @@ class HybridLlama(nn.Module):
         return {n: p for n, p in self.named_parameters() if n.startswith("projector.")}
 
 
+FASTEST = KernelsConfig()
+"""of every part the fastest that is installed and fits the device"""
+
+
 def build_hybrid_llama(
     model: ModelConfig,
     lora: LoraConfig,
@@ -100,6 +109,7 @@ def build_hybrid_llama(
     device: torch.device,
     seed: int,
     place: bool = True,
+    kernels: KernelsConfig = FASTEST,
 ) -> HybridLlama:
     """Load the base, attach LoRA, make the projector; every rank makes the same from the same seed.
 
@@ -111,12 +121,15 @@ def build_hybrid_llama(
         device: where it computes.
         seed: of the adapters' and the projector's initialisation.
         place: move everything to `device` now; false under ZeRO-3.
+        kernels: which implementation computes.
 
     Raises:
-        InputError: a part does not load, or the item table is not finite.
+        InputError: a part does not load, the item table is not finite, or a kernel asked for cannot run here.
     """
     if not bool(torch.isfinite(item_table).all()):
         raise InputError("the item table holds values that are not finite; train the recommender again")
+    dtype = compute_dtype(model, device)
+    chosen = choose_kernels(kernels, device, dtype, zero_stage=0 if place else 3)
     llm = load_llama(model, device, place)
     embedding: Any = llm.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
@@ -125,5 +138,5 @@ def build_hybrid_llama(
         made = Projector(item_table.shape[1], llm.config.hidden_size, projector.hidden_dim)
     if projector.init == "embedding_scale":
         made.match_scale(item_table.to(torch.float32), float(output_rms(embedding)))
-    hybrid = HybridLlama(adapted, made, item_table, compute_dtype(model, device))
+    hybrid = HybridLlama(adapted, made, item_table, dtype, chosen)
     return hybrid.to(device) if place else hybrid

@@ -75,7 +75,7 @@ class WorldReplay:
             config = self.config
             table = self.inputs.item_table.weight
             self._model = build_hybrid_llama(
-                config.model, config.lora, config.projector, table, self.device, config.seed
+                config.model, config.lora, config.projector, table, self.device, config.seed, kernels=config.kernels
             )
             if self.inputs.checkpoint is not None:
                 load_parameters(self._model, self.inputs.checkpoint)

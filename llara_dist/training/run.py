@@ -141,6 +141,7 @@ def open_run(
         device,
         config.seed,
         place=zero_stage(inputs.ds_config) < 3,
+        kernels=config.kernels,
     )
     if inputs.checkpoint is not None:
         load_parameters(model, inputs.checkpoint)

@@ -26,6 +26,7 @@ ORDER = [
     "evaluation",
     "tuning",
     "replay",
+    "autotune",
     "watching",
     "cluster",
     "doctor",

@@ -58,7 +58,9 @@ def load_trained(run: Path, device: torch.device, which: Literal["last", "best"]
         raise InputError(f"{checkpoint.path}: tuned on another base model than {config.model.path} now holds")
     if sha256_json(item_table.info["files"]) != contract["item_table"]:
         raise InputError(f"{checkpoint.path}: tuned with another item table than {config.recommender.path} now holds")
-    model = build_hybrid_llama(config.model, config.lora, config.projector, item_table.weight, device, config.seed)
+    model = build_hybrid_llama(
+        config.model, config.lora, config.projector, item_table.weight, device, config.seed, kernels=config.kernels
+    )
     load_parameters(model, checkpoint)
     return Trained(model.eval(), config, checkpoint)
 
