@@ -14,7 +14,7 @@ from llara_dist.model.attention import NAME as PACKED
 from llara_dist.model.attention import Packing
 from llara_dist.model.kernels import Kernels, choose_kernels
 from llara_dist.model.llama import attach_lora, compute_dtype, load_llama
-from llara_dist.model.ops.projector import output_rms
+from llara_dist.model.ops.projector import output_rms, write_reference
 from llara_dist.model.projector import Projector
 from llara_dist.stream.batch import Batch
 
@@ -56,13 +56,13 @@ class HybridLlama(nn.Module):
             [1, T, h] in the language model's embedding dtype.
         """
         # Detached: the embedding is frozen, and PEFT makes its output a leaf that requires a gradient when activations
-        # are checkpointed, which could not be written in place.
-        embeddings = self.llm.get_input_embeddings()(batch.tokens[None]).detach()
-        behaviour = self.projector(self.item_table[batch.unique_items]).to(embeddings.dtype)
-        if batch.slot_positions.shape[0] == 0:
-            return embeddings + 0.0 * behaviour.sum()
-        embeddings[0].index_copy_(0, batch.slot_positions, behaviour[batch.slot_inverse])
-        return embeddings
+        # are checkpointed, which could not be written in place. Written before the batch dimension is added: autograd
+        # would copy the gradient of a view that was written to.
+        row = self.llm.get_input_embeddings()(batch.tokens).detach()
+        if self.kernels.projector == "triton":
+            return self.projector.write(row, self.item_table, batch)[None]
+        behaviour = self.projector(self.item_table[batch.unique_items])
+        return write_reference(row, behaviour, batch.slot_positions, batch.slot_inverse)[None]
 
     def answer_logits(self, batch: Batch) -> Tensor:
         """Float32 logits [L, vocabulary] at the positions that predict answer tokens; the head runs nowhere else."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
 from llara_dist.config import KernelsConfig
+from llara_dist.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def choose_kernels(config: KernelsConfig, device: torch.device, dtype: torch.dty
     """
     chosen = {
         "attention": _attention(config.attention, device, dtype),
-        "projector": _projector(config.projector, device),
+        "projector": _projector(config.projector, device, dtype, zero_stage),
         "lora": _lora(config.lora, device, zero_stage),
         "layers": _layers(config.layers, device),
     }
@@ -65,8 +67,25 @@ def _attention(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     return "sdpa", ""
 
 
-def _projector(asked: str, device: torch.device) -> tuple[str, str]:
-    return "eager", ""
+def _projector(asked: str, device: torch.device, dtype: torch.dtype, zero_stage: int) -> tuple[str, str]:
+    """The projector's implementation, and why not the fused op."""
+    if asked == "eager":
+        return "eager", ""
+    reason = ""
+    if device.type != "cuda":
+        reason = "no GPU"
+    elif find_spec("triton") is None:
+        reason = "triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "the GPU is older than compute capability 8.0"
+    elif dtype not in (torch.bfloat16, torch.float32):
+        reason = f"it does not compute in {str(dtype).removeprefix('torch.')}"
+    elif zero_stage == 3:
+        # The fused op takes whole weights; DeepSpeed gathers them when their module is called.
+        reason = "ZeRO-3 partitions the projector's weights"
+    if asked == "triton" and reason:
+        raise InputError(f"kernels.projector=triton cannot run: {reason}; set kernels.projector to auto or eager")
+    return ("eager", reason) if reason else ("triton", "")
 
 
 def _lora(asked: str, device: torch.device, zero_stage: int) -> tuple[str, str]:

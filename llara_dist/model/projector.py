@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llara_dist.model.ops.projector import output_rms, project
+from llara_dist.model.ops.projector import output_rms, project_reference, write_behaviour_
+from llara_dist.stream.batch import Batch
 
 
 class Projector(nn.Module):
@@ -32,7 +33,24 @@ class Projector(nn.Module):
         Returns:
             [U, h] behaviour embeddings.
         """
-        return project(items, self.input.weight, self.input.bias, self.output.weight, self.output.bias)
+        return project_reference(items, self.input.weight, self.input.bias, self.output.weight, self.output.bias)
+
+    def write(self, row: Tensor, item_table: Tensor, batch: Batch) -> Tensor:
+        """Project a row's items straight into their slots, by the fused op; `row` [T, h] is overwritten and returned.
+
+        The parameters are read outside a module's call, so they must be whole: not under ZeRO-3.
+        """
+        return write_behaviour_(
+            row,
+            item_table,
+            batch.unique_items,
+            batch.item_slots,
+            batch.item_offsets,
+            self.input.weight,
+            self.input.bias,
+            self.output.weight,
+            self.output.bias,
+        )
 
     @torch.no_grad()
     def match_scale(self, items: Tensor, target_rms: float) -> None:

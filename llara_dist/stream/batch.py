@@ -36,6 +36,10 @@ class Batch:
     """int64 [U], never empty (item 0 where there is no slot): the projector takes part in every micro-batch"""
     slot_inverse: torch.Tensor
     """int64 [S]: slot s holds item unique_items[slot_inverse[s]]"""
+    item_slots: torch.Tensor
+    """int64 [S]: `slot_positions` grouped by item, in the row's order within an item"""
+    item_offsets: torch.Tensor
+    """int32 [U+1]: item unique_items[u] is at the positions item_slots[item_offsets[u]:item_offsets[u+1]]"""
     label_positions: torch.Tensor
     """int64 [L]: positions whose hidden state predicts"""
     labels: torch.Tensor
@@ -118,14 +122,18 @@ def collate(samples: Sequence[Sample], hybrid: np.ndarray | Sequence[bool], answ
         lengths = lengths - np.where(flags, 0, slot_counts)
         starts = np.cumsum(lengths) - lengths
     unique, inverse = np.unique(items, return_inverse=True)
+    unique = unique if len(unique) else np.zeros(1, dtype=np.int64)
+    uses = np.bincount(inverse, minlength=len(unique))
     return Batch(
         tokens=torch.from_numpy(tokens.astype(np.int64)),
         position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(starts, lengths)),
         cu_seqlens=torch.from_numpy(np.append(starts, len(tokens)).astype(np.int32)),
         max_seqlen=int(lengths.max()),
         slot_positions=torch.from_numpy(slots),
-        unique_items=torch.from_numpy(unique if len(unique) else np.zeros(1, dtype=np.int64)),
+        unique_items=torch.from_numpy(unique),
         slot_inverse=torch.from_numpy(inverse.astype(np.int64)),
+        item_slots=torch.from_numpy(slots[np.argsort(inverse, kind="stable")]),
+        item_offsets=torch.from_numpy(np.append(0, np.cumsum(uses)).astype(np.int32)),
         label_positions=torch.from_numpy(label_places),
         labels=torch.from_numpy(labels),
         sample_of_label=torch.from_numpy(np.repeat(np.arange(len(samples)), label_counts)),
@@ -162,6 +170,8 @@ def empty_batch() -> Batch:
         slot_positions=none,
         unique_items=torch.zeros(1, dtype=torch.int64),
         slot_inverse=none,
+        item_slots=none,
+        item_offsets=torch.zeros(2, dtype=torch.int32),
         label_positions=none,
         labels=none,
         sample_of_label=none,

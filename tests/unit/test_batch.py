@@ -69,6 +69,18 @@ def test_slots_point_to_their_items(samples):
     assert len(set(batch.unique_items.tolist())) == len(batch.unique_items)
 
 
+@pytest.mark.parametrize(
+    "batch_of", [lambda s: collate(s, HYBRID), lambda s: collate(s[:1], [False]), lambda s: collate([], [])]
+)
+def test_slots_are_grouped_by_item(samples, batch_of):
+    batch = batch_of(samples)
+    bounds = batch.item_offsets.tolist()
+    assert (bounds[0], bounds[-1], len(bounds)) == (0, len(batch.slot_positions), len(batch.unique_items) + 1)
+    for item, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        expected = batch.slot_positions[batch.slot_inverse == item]
+        assert batch.item_slots[start:stop].tolist() == expected.tolist()
+
+
 def test_labels_are_the_answers(encoder, samples):
     batch = collate(samples, HYBRID)
     torch.testing.assert_close(batch.tokens[batch.label_positions + 1], batch.labels)
@@ -109,7 +121,9 @@ def test_dtypes(samples):
     for batch in (collate(samples, HYBRID), collate(samples, ~HYBRID), empty_batch(), collate(samples[:1], [False])):
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
-                expected = {"cu_seqlens": torch.int32, "hybrid": torch.bool}.get(name, torch.int64)
+                expected = {"cu_seqlens": torch.int32, "item_offsets": torch.int32, "hybrid": torch.bool}.get(
+                    name, torch.int64
+                )
                 assert value.dtype == expected, name
 
 
