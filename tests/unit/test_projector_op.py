@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -135,3 +136,26 @@ def test_a_gpu_gets_the_kernels_unless_weights_are_partitioned(monkeypatch, stag
     kernels = choose_kernels(KernelsConfig(attention="sdpa"), torch.device("cuda"), dtype, stage)
     assert kernels.projector == chosen
     assert ("projector" in dict(kernels.reasons)) == (chosen == "eager")
+
+
+@pytest.mark.parametrize(
+    ("target", "compute"),
+    [
+        pytest.param("90", "bfloat16", id="sm_90"),
+        pytest.param("80", "bfloat16", id="sm_80", marks=pytest.mark.long),
+        pytest.param("90", "float32", id="sm_90 float32", marks=pytest.mark.long),
+        pytest.param("80", "float32", id="sm_80 float32", marks=pytest.mark.long),
+    ],
+)
+def test_kernels_compile_without_spilling(tmp_path: Path, target: str, compute: str) -> None:
+    """For a GPU that is not here: each kernel fits its registers (16 bytes may spill) and its shared memory."""
+    folder = Path(__file__).parents[2]
+    command = [sys.executable, "benchmarks/projector.py", "--compile_only", "--targets", target, "--compute", compute]
+    environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    out = tmp_path / "kernels.json"
+    subprocess.run([*command, "--out", str(out)], cwd=folder, env=environment, check=True, capture_output=True)
+    kernels = json.loads(out.read_text())["kernels"]
+    assert {kernel["kernel"] for kernel in kernels} == {"hidden", "output", "hidden_backward", "slot_sum"}
+    for kernel in kernels:
+        assert kernel["spilled"] <= 16, kernel
+        assert kernel["shared"] <= {"80": 163, "90": 227}[target] * 1024, kernel
