@@ -8,7 +8,8 @@ Shapes of a 7B model: d = 64, m = h = 4096, T = 8192, S = 900 slots that hold U 
 float32 weights. The arms take turns within a round, the order turns from round to round; a ratio is the median of the
 rounds' ratios. On a GPU a call is timed by CUDA events, after a write to 256 MiB that empties the cache, since a whole
 model runs between two calls in training. On a CPU the computation is float32, the row shorter, and the op is the eager
-reference itself; the kernels are not measured there.
+reference itself; the kernels are not measured there. CPU seconds of the process count: other work on the cores does
+not.
 
 The floor is what any implementation must move and multiply. Forward: the weights read in float32 and the slots written;
 backward: the weights and the slots' gradient read, the weights' gradients written; both: the products of the distinct
@@ -193,11 +194,11 @@ def both(forward: Callable[[Row], Tensor]) -> Callable[[Row], Any]:
 
 
 def seconds(call: Callable[[], Any], flush: Tensor | None) -> float:
-    """One call; on a GPU between two events, the cache emptied by writing `flush`."""
+    """One call: on a GPU between two events, the cache emptied by writing `flush`; on a CPU, CPU seconds."""
     if flush is None:
-        begun = time.perf_counter()
+        begun = time.process_time()
         call()
-        return time.perf_counter() - begun
+        return time.process_time() - begun
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
     start.record()
@@ -322,7 +323,8 @@ def compile_kernels(targets: list[int], computes: list[str]) -> list[dict[str, A
         for compute in computes:
             for items in (16, 32, 64, 128) if compute == "bfloat16" else (16, 32, 64):
                 launches = kernels.Launches.of(items, getattr(torch, compute))
-                for name in ("hidden", "output", "hidden_backward", "slot_sum"):
+                # The sum over slots has one tiling.
+                for name in ("hidden", "output", "hidden_backward", *(["slot_sum"] if items == 16 else [])):
                     kernel = getattr(kernels, f"{name}_kernel")
                     constants = dict(getattr(launches, name))
                     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}

@@ -138,15 +138,9 @@ def test_a_gpu_gets_the_kernels_unless_weights_are_partitioned(monkeypatch, stag
     assert ("projector" in dict(kernels.reasons)) == (chosen == "eager")
 
 
-@pytest.mark.parametrize(
-    ("target", "compute"),
-    [
-        pytest.param("90", "bfloat16", id="sm_90"),
-        pytest.param("80", "bfloat16", id="sm_80", marks=pytest.mark.long),
-        pytest.param("90", "float32", id="sm_90 float32", marks=pytest.mark.long),
-        pytest.param("80", "float32", id="sm_80 float32", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+@pytest.mark.parametrize("target", ["80", "90"])
 def test_kernels_compile_without_spilling(tmp_path: Path, target: str, compute: str) -> None:
     """For a GPU that is not here: each kernel fits its registers (16 bytes may spill) and its shared memory."""
     folder = Path(__file__).parents[2]
