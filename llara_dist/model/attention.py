@@ -1,52 +1,19 @@
-"""Attention over a packed row: each sample attends to itself only, without a T × T mask.
+"""Attention over a packed row: each sample attends to itself only, without padding and without a T × T mask.
 
-Registered with transformers as `packed`. Samples of one row are gathered into a padded [N, L] block, causal
-scaled-dot-product attention runs on it, and the valid positions are scattered back: work and memory are N·L² instead
-of the (N·L)² that a block-diagonal mask costs. Calls without a packing (generation with a cache) go to transformers'
-own `sdpa`, masks included.
+Registered with transformers as `packed`; `attention_backends.py` holds what computes it. Calls without a packing
+(generation with a cache) go to transformers' own `sdpa`, masks included.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from llara_dist.model.attention_backends import attend
+from llara_dist.model.packing import Packing
 
 NAME = "packed"
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the tokens of a packed row lie in the padded block.
-
-    Attributes:
-        gather: int64 [N, L] row position of each block cell (0 where the cell is padding).
-        scatter: int64 [T] block cell (flat) of each row position.
-    """
-
-    gather: Tensor
-    scatter: Tensor
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Packing:
-        """Lay out a packed row, without host synchronisation.
-
-        Args:
-            cu_seqlens: int32 [N + 1] cumulative lengths.
-            max_seqlen: L, the longest length.
-            tokens: T, the row's length, `cu_seqlens[-1]`.
-        """
-        boundaries = cu_seqlens.to(torch.int64)
-        starts, lengths = boundaries[:-1], boundaries.diff()
-        columns = torch.arange(max_seqlen, device=cu_seqlens.device)
-        valid = columns[None, :] < lengths[:, None]
-        gather = torch.where(valid, starts[:, None] + columns[None, :], 0)
-        positions = torch.arange(tokens, device=cu_seqlens.device)
-        sample = torch.searchsorted(boundaries, positions, right=True) - 1
-        return cls(gather=gather, scatter=sample * max_seqlen + positions - starts[sample])
 
 
 def packed_attention(
@@ -64,17 +31,17 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: [1, H, T, D].
+        query: [1, H, Tq, D].
         key: [1, H_kv, T, D].
-        value: [1, H_kv, T, D].
+        value: [1, H_kv, T, D], in the dtype of matrix products.
         attention_mask: ignored with a packing.
         scaling: of the scores; None = 1/√D.
-        dropout: on the attention weights.
-        packing: the row's layout; None = not packed, transformers' `sdpa`.
+        dropout: on the attention weights; ignored with a packing (a Llama's is 0).
+        packing: where the row's samples lie; None = not packed, transformers' `sdpa`.
         kwargs: passed on to `sdpa`.
 
     Returns:
-        [1, T, H, D] and None.
+        [1, Tq, H, D] in `value`'s dtype, and None.
     """
     if packing is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -82,20 +49,10 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-
-    def block(states: Tensor) -> Tensor:  # [1, H, T, D] → [N, H, L, D]
-        return states[0].transpose(0, 1)[packing.gather].transpose(1, 2)
-
-    attended = F.scaled_dot_product_attention(
-        block(query),
-        block(key),
-        block(value),
-        dropout_p=dropout,
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended.transpose(1, 2).flatten(0, 1)[packing.scatter][None], None
+    # Projections lie in memory as [T, H, D], so that these views are what the kernels want without a copy. After the
+    # rotary embedding queries and keys are float32 where the residual stream is; the kernels take one dtype.
+    rows = [states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value)]
+    return attend(rows[0], rows[1], rows[2], packing, scaling)[None], None
 
 
 def register() -> None:

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.errors import InputError
 from llara_dist.model.attention import NAME as PACKED
-from llara_dist.model.attention import Packing
 from llara_dist.model.kernels import Kernels, choose_kernels
-from llara_dist.model.llama import attach_lora, compute_dtype, load_llama
+from llara_dist.model.llama import attach_lora, compute_dtype, load_llama, read_llama_config
 from llara_dist.model.ops.projector import output_rms, write_reference
+from llara_dist.model.packing import AnswerRows, Packing
 from llara_dist.model.projector import Projector
 from llara_dist.stream.batch import Batch
 
@@ -66,16 +66,18 @@ class HybridLlama(nn.Module):
 
     def answer_logits(self, batch: Batch) -> Tensor:
         """Float32 logits [L, vocabulary] at the positions that predict answer tokens; the head runs nowhere else."""
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"logits_to_keep": batch.label_positions}
         if self._attention() == PACKED:
-            arguments["packing"] = Packing.of(batch.cu_seqlens, batch.max_seqlen, batch.tokens.shape[0])
+            arguments["packing"] = packing = Packing.of(batch, self.kernels.attention)
+            if self.kernels.last_layer == "answers":
+                arguments["answer_rows"] = rows = AnswerRows.of(batch, packing)
+                arguments["logits_to_keep"] = rows.labels
             # A four-dimensional mask is taken as it is: transformers then builds no T × T mask from position_ids.
             arguments["attention_mask"] = torch.empty((1, 1, 1, 1), device=batch.tokens.device)
         with torch.autocast(batch.tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.llm(
                 inputs_embeds=self.embed(batch),
                 position_ids=batch.position_ids[None],
-                logits_to_keep=batch.label_positions,
                 use_cache=False,
                 **arguments,
             )
@@ -129,8 +131,20 @@ def build_hybrid_llama(
     if not bool(torch.isfinite(item_table).all()):
         raise InputError("the item table holds values that are not finite; train the recommender again")
     dtype = compute_dtype(model, device)
-    chosen = choose_kernels(kernels, device, dtype, zero_stage=0 if place else 3)
+    architecture = read_llama_config(model)
+    chosen = choose_kernels(
+        kernels,
+        device,
+        dtype,
+        zero_stage=0 if place else 3,
+        head_dim=architecture.head_dim or architecture.hidden_size // architecture.num_attention_heads,
+        model_attention=model.attention,
+    )
     llm = load_llama(model, device, place)
+    if chosen.last_layer == "answers":
+        from llara_dist.model.last_layer import compute_answers_only
+
+        compute_answers_only(llm)
     embedding: Any = llm.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

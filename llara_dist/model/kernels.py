@@ -10,6 +10,8 @@ import torch
 
 from llara_dist.config import KernelsConfig
 from llara_dist.errors import InputError
+from llara_dist.model.attention import NAME as PACKED
+from llara_dist.model.attention_backends import FASTEST_FIRST, obstacle
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,14 @@ class Kernels:
         return ", ".join(parts + (["compiled"] if self.compile else []))
 
 
-def choose_kernels(config: KernelsConfig, device: torch.device, dtype: torch.dtype, zero_stage: int = 0) -> Kernels:
+def choose_kernels(
+    config: KernelsConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    zero_stage: int = 0,
+    head_dim: int = 128,
+    model_attention: str = PACKED,
+) -> Kernels:
     """The fastest of what is installed and fits the device, where the config says `auto`.
 
     Args:
@@ -47,24 +56,49 @@ def choose_kernels(config: KernelsConfig, device: torch.device, dtype: torch.dty
         device: where it computes.
         dtype: what matrix products run in.
         zero_stage: parameters are partitioned under stage 3.
+        head_dim: width of an attention head.
+        model_attention: `model.attention`; what is made for packed rows needs `packed`.
 
     Raises:
         InputError: what is asked for by name cannot run here.
     """
     chosen = {
-        "attention": _attention(config.attention, device, dtype),
+        "attention": _attention(config.attention, device, dtype, head_dim, model_attention),
         "projector": _projector(config.projector, device, dtype, zero_stage),
         "lora": _lora(config.lora, device, zero_stage),
         "layers": _layers(config.layers, device),
+        "last_layer": _last_layer(config.last_layer, model_attention),
     }
     values = {name: value for name, (value, _) in chosen.items()}
     reasons = tuple((name, reason) for name, (_, reason) in chosen.items() if reason)
-    return Kernels(**values, last_layer=config.last_layer, compile=config.compile, reasons=reasons)  # pyright: ignore
+    return Kernels(**values, compile=config.compile, reasons=reasons)  # pyright: ignore
 
 
-def _attention(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _attention(
+    asked: str, device: torch.device, dtype: torch.dtype, head_dim: int, model_attention: str
+) -> tuple[str, str]:
     """The backend of packed attention, and why not a faster one."""
-    return "sdpa", ""
+    if model_attention != PACKED:
+        return "sdpa", f"model.attention={model_attention}"
+    if asked != "auto":
+        if reason := obstacle(asked, device, dtype, head_dim):  # pyright: ignore[reportArgumentType]
+            raise InputError(f"kernels.attention={asked}: {reason}; use auto")
+        return asked, ""
+    reasons: dict[str, str] = {}
+    for backend in FASTEST_FIRST:
+        reason = obstacle(backend, device, dtype, head_dim)
+        if not reason:
+            return backend, ", ".join(f"{name}: {why}" for name, why in reasons.items())
+        reasons[backend] = reason
+    same = set(reasons.values())
+    return "sdpa", same.pop() if len(same) == 1 else ", ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def _last_layer(asked: str, model_attention: str) -> tuple[str, str]:
+    """Which rows of the last layer are computed, and why not fewer."""
+    if asked == "answers" and model_attention != PACKED:
+        return "all", f"model.attention={model_attention}"
+    return asked, ""
 
 
 def _projector(asked: str, device: torch.device, dtype: torch.dtype, zero_stage: int) -> tuple[str, str]:

@@ -30,6 +30,10 @@ class Batch:
     """int32 [N+1]: where samples begin, and T"""
     max_seqlen: int
     """longest sample, positions"""
+    lengths: tuple[int, ...]
+    """N: positions of each sample, known to the host without asking the device"""
+    answer_lengths: tuple[int, ...]
+    """N: labels of each sample"""
     slot_positions: torch.Tensor
     """int64 [S]: positions to overwrite with behaviour embeddings"""
     unique_items: torch.Tensor
@@ -129,6 +133,8 @@ def collate(samples: Sequence[Sample], hybrid: np.ndarray | Sequence[bool], answ
         position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(starts, lengths)),
         cu_seqlens=torch.from_numpy(np.append(starts, len(tokens)).astype(np.int32)),
         max_seqlen=int(lengths.max()),
+        lengths=tuple(lengths.tolist()),
+        answer_lengths=tuple(label_counts.tolist()),
         slot_positions=torch.from_numpy(slots),
         unique_items=torch.from_numpy(unique),
         slot_inverse=torch.from_numpy(inverse.astype(np.int64)),
@@ -167,6 +173,8 @@ def empty_batch() -> Batch:
         position_ids=torch.arange(2),
         cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
         max_seqlen=2,
+        lengths=(2,),
+        answer_lengths=(0,),
         slot_positions=none,
         unique_items=torch.zeros(1, dtype=torch.int64),
         slot_inverse=none,
