@@ -8,13 +8,15 @@ One multiply-add is two FLOPs. Per token, with n elements in the frozen linear m
 - head, per answer token only: 2·h·V forward, 2·h·V backward;
 - projector, per distinct item: 2·(d·m + m·h) forward, 2·d·m + 4·m·h backward (the item table has no gradient).
 
-The gradient reaches the first layer's input because the projector is trained, so no layer's backward is saved. Norms,
-rotary embeddings, activations, dropout and softmax are left out (under 1 % at Llama's widths).
+The gradient reaches the first layer's input because the projector is trained, so no layer's backward is saved. Where
+the last layer computes only what answers need, all of its maps but k and v count the answers' rows instead of the
+tokens, and its attention those rows' pairs. Norms, rotary embeddings, activations, dropout and softmax are left out
+(under 1 % at Llama's widths).
 
 `model` counts each thing once and attention for the pairs that exist (causal, per sample): divided by time and peak it
 is the model FLOPs utilisation (MFU). `hardware` adds what the implementation computes beyond that: the layers' forward
-pass again under activation checkpointing, padding of the attention block, and scores recomputed in attention's backward
-pass (10·H·D instead of 8·H·D a pair).
+pass again under activation checkpointing, masked pairs where rows are not packed, and scores recomputed in attention's
+backward pass (10·H·D instead of 8·H·D a pair).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class StepFlops:
         attention: scores and mixture over existing pairs.
         head: at the answers.
         projector: for the distinct items.
-        hardware: all of them as they are really computed: recomputation and padding included.
+        hardware: all of them as they are really computed: recomputation and masked pairs included.
     """
 
     linears: int
@@ -51,6 +53,15 @@ class StepFlops:
         return self.linears + self.adapters + self.attention + self.head + self.projector
 
 
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+"""the maps that a last layer for answers only still computes at every position"""
+
+
+def last_rows(model: TunedModel, work: Work) -> int:
+    """Positions of which the last layer computes queries, output and MLP."""
+    return work.answer_rows if model.answers_only else work.tokens
+
+
 def step_flops(model: TunedModel, work: Work) -> StepFlops:
     """FLOPs of the forward and backward passes of one rank over its micro-batches.
 
@@ -59,22 +70,33 @@ def step_flops(model: TunedModel, work: Work) -> StepFlops:
         work: the micro-batches' sizes, summed: `Work.of(step.microbatches)`.
     """
     shape = model.architecture
-    linears = 2 * shape.linear_weights * work.tokens
-    adapters = 2 * model.adapter_weights * work.tokens
-    per_pair = 4 * shape.layers * shape.heads * shape.head_dim
+    rows = (shape.layers - 1) * work.tokens + last_rows(model, work)
+    keys = shape.layers * work.tokens
+    linears = adapters = 0
+    for linear in shape.linears:
+        positions = keys if linear.name in KEYS_AND_VALUES else rows
+        linears += 2 * linear.weights * positions
+        if linear.name in model.targets:
+            adapters += 2 * model.rank * (linear.inputs + linear.outputs) * positions
+    per_pair = 4 * shape.heads * shape.head_dim
+    whole = shape.layers - 1 if model.answers_only else shape.layers
+    answers = work.answer_pairs if model.answers_only else 0
+    pairs, computed_pairs = (
+        whole * of_layer + answers for of_layer in (work.pairs, work.computed_pairs(model.attention))
+    )
     head = 2 * shape.embedding_weights * work.answer_tokens
     first, second = model.item_dim * model.projector_hidden, model.projector_hidden * shape.hidden
-    computed = per_pair * work.computed_pairs(model.attention)
+    computed = per_pair * computed_pairs
     scores_again = 0 if model.attention == "eager" else computed // 2
-    beyond = 3 * computed - 3 * per_pair * work.pairs + scores_again
+    beyond = 3 * computed - 3 * per_pair * pairs + scores_again
     if model.recompute:
         # Checkpointing stops before the layer's last product, whose result nothing needs.
         last = model.rank if "down_proj" in model.targets else shape.intermediate
-        beyond += linears + adapters + computed - 2 * shape.layers * last * shape.hidden * work.tokens
+        beyond += linears + adapters + computed - 2 * last * shape.hidden * rows
     counted = StepFlops(
         linears=2 * linears,
         adapters=3 * adapters,
-        attention=3 * per_pair * work.pairs,
+        attention=3 * per_pair * pairs,
         head=2 * head,
         projector=(4 * first + 6 * second) * work.items,
         hardware=0,

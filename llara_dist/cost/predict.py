@@ -185,7 +185,7 @@ def compute_seconds(
     bandwidth = hardware.memory_bandwidth * efficiency.bandwidth
     products = step_flops(model, row).hardware / (hardware.peak(model.bfloat16) * efficiency.compute)
     activations = activation_bytes(model, row, hardware.device_type)
-    saved = shape.layers * activations.layer + activations.outside
+    saved = activations.layers + activations.outside
     passes = 3 if model.recompute else 2
     elementwise = TOUCHES * saved * (4 / 3 if model.recompute else 1) / bandwidth
     unpacked = shape.linear_weights * (0.5 + 2 * model.compute_bytes) if model.bits == 4 else 0.0

@@ -27,6 +27,7 @@ class TunedModel:
         bfloat16: whether matrix products run in bfloat16, else float32.
         attention: packed, sdpa or eager, as in `model.attention`.
         recompute: whether each layer's activations are recomputed in the backward pass.
+        last_layer: answers or all, as in `kernels.last_layer`; rows that are not packed compute all.
     """
 
     architecture: Architecture
@@ -40,6 +41,7 @@ class TunedModel:
     bfloat16: bool = True
     attention: Literal["packed", "sdpa", "eager"] = "packed"
     recompute: bool = False
+    last_layer: Literal["answers", "all"] = "answers"
 
     @classmethod
     def of(
@@ -65,7 +67,13 @@ class TunedModel:
             bfloat16=bfloat16,
             attention=config.model.attention,
             recompute=config.model.activation_checkpointing,
+            last_layer=config.kernels.last_layer,
         )
+
+    @property
+    def answers_only(self) -> bool:
+        """Whether the last layer computes only what answers need."""
+        return self.attention == "packed" and self.last_layer == "answers"
 
     @property
     def compute_bytes(self) -> int:

@@ -18,37 +18,36 @@ class Work:
     Attributes:
         tokens: T, positions.
         pairs: Σ L(L + 1)/2 over the samples' lengths L: (query, key) pairs of causal attention.
-        padded_tokens: N·L_max, cells of the block that packed attention works on.
-        padded_pairs: N·L_max(L_max + 1)/2.
         row_pairs: T², what attention without packing computes.
         answer_tokens: labels; the head runs at these positions only.
+        answer_rows: R, rows that a last layer computes for them: one a sample more than labels.
+        answer_pairs: Σ r·L over the samples' rows r: pairs of those rows' attention, the few masked ones included.
         slots: positions that behaviour embeddings are written to.
         items: distinct items, rows that the projector maps.
     """
 
     tokens: int
     pairs: int
-    padded_tokens: int
-    padded_pairs: int
     row_pairs: int
     answer_tokens: int
+    answer_rows: int
+    answer_pairs: int
     slots: int
     items: int
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Work:
-        """Sizes of micro-batches whose tensors are on the host."""
+        """Sizes of micro-batches, wherever their tensors are."""
         total = cls(0, 0, 0, 0, 0, 0, 0, 0)
         for batch in batches:
-            lengths = batch.cu_seqlens.diff().tolist()
-            longest, tokens = batch.max_seqlen, batch.num_tokens
+            rows = [count + 1 for count in batch.answer_lengths]
             total += cls(
-                tokens=tokens,
-                pairs=sum(length * (length + 1) // 2 for length in lengths),
-                padded_tokens=len(lengths) * longest,
-                padded_pairs=len(lengths) * longest * (longest + 1) // 2,
-                row_pairs=tokens**2,
+                tokens=batch.num_tokens,
+                pairs=sum(length * (length + 1) // 2 for length in batch.lengths),
+                row_pairs=batch.num_tokens**2,
                 answer_tokens=batch.answer_tokens,
+                answer_rows=sum(rows),
+                answer_pairs=sum(asked * length for asked, length in zip(rows, batch.lengths, strict=True)),
                 slots=int(batch.slot_positions.shape[0]),
                 items=int(batch.unique_items.shape[0]),
             )
@@ -59,8 +58,8 @@ class Work:
         return Work(**{name: mine[name] + theirs[name] for name in mine})
 
     def computed_pairs(self, attention: Literal["packed", "sdpa", "eager"]) -> int:
-        """(Query, key) pairs that an implementation of attention computes, padding and masked ones included."""
-        return self.padded_pairs if attention == "packed" else self.row_pairs
+        """(Query, key) pairs that an implementation of attention computes, masked ones included."""
+        return self.pairs if attention == "packed" else self.row_pairs
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class SampleSizes:
         return self.row(min(budget, share * self.longest), items, share)
 
     def row(self, tokens: int, items: int, most: int | None = None) -> Work:
-        """A packed row of so many tokens, of samples of the mean length, padded to the longest by attention.
+        """A packed row of so many tokens, of samples of the mean length.
 
         Args:
             tokens: T, e.g. `data.max_tokens_per_microbatch`.
@@ -115,10 +114,10 @@ class SampleSizes:
         return Work(
             tokens=tokens,
             pairs=samples * self.mean * (self.mean + 1) // 2,
-            padded_tokens=samples * self.longest,
-            padded_pairs=samples * self.longest * (self.longest + 1) // 2,
             row_pairs=tokens**2,
             answer_tokens=samples * self.answer_tokens,
+            answer_rows=samples * (self.answer_tokens + 1),
+            answer_pairs=samples * (self.answer_tokens + 1) * self.mean,
             slots=samples * self.slots,
             items=max(1, math.ceil(distinct(samples * self.slots, items))),
         )

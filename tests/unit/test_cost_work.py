@@ -21,9 +21,12 @@ def test_sizes_of_a_real_row() -> None:
     assert work.tokens == sum(lengths) == batch.num_tokens
     mask = torch.block_diag(*[torch.ones(length, length).tril() for length in lengths])
     assert work.pairs == int(mask.sum())
-    assert work.computed_pairs("packed") == work.padded_pairs >= work.pairs
+    assert work.computed_pairs("packed") == work.pairs
     assert work.computed_pairs("eager") == mask.numel()
     assert work.answer_tokens == len(batch.labels)
+    rows = batch.sample_of_label.bincount() + 1
+    assert work.answer_rows == int(rows.sum())
+    assert work.answer_pairs == int(rows @ batch.cu_seqlens.diff().to(torch.int64))
     assert work.items == len(set(batch.unique_items.tolist()))
 
 
@@ -53,7 +56,7 @@ def test_a_planned_row_is_about_as_large_as_a_real_one() -> None:
         slots=round(len(batch.slot_positions) / samples),
     )
     planned, real = sizes.row(batch.num_tokens, items=50), Work.of([batch])
-    for name in ("tokens", "pairs", "padded_tokens", "padded_pairs", "answer_tokens", "slots"):
+    for name in ("tokens", "pairs", "answer_tokens", "answer_rows", "answer_pairs", "slots"):
         assert getattr(planned, name) == pytest.approx(getattr(real, name), rel=0.2), name
 
 
