@@ -148,16 +148,17 @@ def test_what_is_recommended_fits(name: str, ranks: int) -> None:
 
 
 def test_a_small_gpu_recomputes_and_a_too_small_one_is_refused() -> None:
-    small = recommend(tuned("llama-2-13b"), Cluster(GPUS["rtx-4090"], 8), SampleSizes(), 128, STAGES)
+    gpu = dataclasses.replace(GPUS["rtx-4090"], memory_bytes=16 * 2**30)
+    small = recommend(tuned("llama-2-13b"), Cluster(gpu, 8), SampleSizes(), 128, STAGES)
     assert small is not None
     assert small.recompute
     assert recommend(tuned("llama-2-70b"), Cluster(GPUS["rtx-4090"], 1024), SampleSizes(), 1024, STAGES) is None
 
 
 def test_the_less_memory_the_higher_the_stage() -> None:
-    """A stage is left only where it does not fit."""
+    """A stage is left only where it does not fit; from 8.9 GiB on a higher one has room for a larger micro-batch."""
     stages = []
-    for tenths in range(56, 90):
+    for tenths in range(56, 89):
         gpu = dataclasses.replace(GPUS["h100"], memory_bytes=tenths * 2**30 // 10)
         found = recommend(tuned("llama-2-7b"), Cluster(gpu, 8), SampleSizes(), 128, STAGES)
         stages.append(4 if found is None else found.stage)
@@ -189,7 +190,7 @@ def test_plan_prints_and_returns_every_count(capsys: pytest.CaptureFixture[str])
 def test_plan_states_its_formulas(capsys: pytest.CaptureFixture[str]) -> None:
     plan(formulas=True)
     printed = capsys.readouterr().out
-    for part in ("4·H·D forward", "c·P·D·(2·H + 2·K)", "4P/W masters", "one all-reduce of 4P bytes", "α–β"):
+    for part in ("4·H·D forward", "2·c·R·D·H", "4P/W masters", "one all-reduce of 4P bytes", "α–β"):
         assert part in printed
 
 
