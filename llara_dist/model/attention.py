@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llara_dist.model.attention_backends import attend
@@ -56,9 +57,12 @@ def packed_attention(
 
 
 def register() -> None:
-    """Make `packed` known to transformers; its masks, where it needs any, are those of `sdpa`."""
+    """Make `packed` known to transformers; its masks, where it needs any, are those of `sdpa`.
+
+    torch.compile leaves it out of its graphs: it branches on every sample's length, and its kernels are one op each.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -22,6 +22,13 @@ FASTEST_FIRST: tuple[Backend, ...] = ("flash3", "flash2", "varlen")
 """what `auto` tries before `sdpa`"""
 
 _MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "varlen": "torch.nn.attention.varlen"}
+_NEEDED = {
+    "flash3": ("flash_attn_varlen_func", "deterministic"),
+    "flash2": ("flash_attn_varlen_func", "deterministic"),
+    "varlen": ("varlen_attn", "window_size"),
+}
+"""a function of the module, and the argument that tells a version new enough"""
+
 _WIDEST_HEAD = {"flash3": 128, "flash2": 256, "varlen": 256}
 """flash3 takes wider heads forward, but has no backward pass in a fixed order for them"""
 
@@ -62,11 +69,15 @@ def obstacle(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
     if head_dim > _WIDEST_HEAD[backend] or head_dim % 8:
         return f"takes heads up to {_WIDEST_HEAD[backend]} wide, in eights, not {head_dim}"
     try:
-        importlib.import_module(_MODULES[backend])
+        module = importlib.import_module(_MODULES[backend])
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     except ImportError as error:  # built for another PyTorch
         return f"{_MODULES[backend]} does not load ({str(error).splitlines()[0]})"
+    name, argument = _NEEDED[backend]
+    function = getattr(module, name, None)
+    if function is None or not _takes(function, argument):
+        return f"this version of {_MODULES[backend]} has no {name} that takes {argument}"
     return ""
 
 

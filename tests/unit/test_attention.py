@@ -258,7 +258,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         for name in ("flash_attn", "flash_attn_interface"):
-            monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in packages else None)
+            module = ModuleType(name)
+            old = f"old {name}" in packages
+            flash: Any = (lambda q, k, v: q) if old else (lambda q, k, v, deterministic=False: q)
+            module.flash_attn_varlen_func = flash  # pyright: ignore[reportAttributeAccessIssue]
+            monkeypatch.setitem(sys.modules, name, module if old or name in packages else None)
 
     return pretend
 
@@ -269,9 +273,10 @@ def test_the_fastest_that_is_there_is_chosen(gpu: Callable[..., None]) -> None:
     assert chosen(head_dim=256) == ("flash2", "flash3: takes heads up to 128 wide, in eights, not 256")
     gpu((8, 0), "flash_attn", "flash_attn_interface")
     assert chosen() == ("flash2", "flash3: needs compute capability 9")
-    gpu((9, 0))
+    gpu((9, 0), "old flash_attn")
     assert chosen()[0] == "varlen"
-    assert "flash2: " in chosen()[1]
+    assert "flash3: flash_attn_interface is not installed" in chosen()[1]
+    assert "flash2: this version of flash_attn has no flash_attn_varlen_func that takes deterministic" in chosen()[1]
     assert chosen("sdpa") == ("sdpa", "")
     assert chosen(dtype=torch.float32) == ("sdpa", "needs bfloat16, not float32")
     assert chosen(model_attention="eager") == ("sdpa", "model.attention=eager")

@@ -128,3 +128,25 @@ def test_a_layer_can_be_told_at_every_call(random_llama: Path) -> None:
     few = built(batch)
     built.kernels = dataclasses.replace(built.kernels, last_layer="all")
     torch.testing.assert_close(built(batch), few, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_layer_takes_rows_of_any_lengths(random_llama: Path) -> None:
+    built = build(random_llama, bits=32)
+    batches = [collate(SAMPLES[start:], HYBRID[start:]) for start in (0, 1, 2)]
+    expected = [float(built(batch).detach()) for batch in batches]
+    graphs: list[int] = []
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        graphs.append(len(graphs))
+        return graph.forward
+
+    built.llm.base_model.model.model.layers[-1].compile(dynamic=True, backend=count)
+    found, made = [], []
+    for batch in batches:
+        loss = built(batch)
+        loss.backward()
+        found.append(float(loss.detach()))
+        made.append(len(graphs))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert made[0] > 0
+    assert made[0] == made[-1]  # compiled once
