@@ -252,6 +252,7 @@ def write(
     """
     num_items, (num_hidden, item_dim), width = unique_items.shape[0], w1.shape, w2.shape[0]
     launches = Launches.of(num_items, compute)
+    item_table, w1, w2 = item_table.contiguous(), w1.contiguous(), w2.contiguous()
     hidden = torch.empty((num_items, num_hidden), dtype=compute, device=row.device)
     hidden_kernel[launches.grid(num_hidden)](
         item_table, unique_items, w1, b1, hidden, num_items, num_hidden, item_dim, **launches.hidden
@@ -272,6 +273,7 @@ def gradients(
     """
     num_items, (num_hidden, item_dim), width = unique_items.shape[0], w1.shape, w2.shape[0]
     launches = Launches.of(num_items, compute)
+    item_table, w1, w2 = item_table.contiguous(), w1.contiguous(), w2.contiguous()
     sums = torch.empty((num_items, width), dtype=compute, device=gradient.device)
     slot_sum_kernel[launches.slot_sum_grid(width)](
         gradient, gradient.stride(0), item_slots, item_offsets, sums, width, **launches.slot_sum
