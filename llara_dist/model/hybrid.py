@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.errors import InputError
 from llara_dist.model.attention import NAME as PACKED
+from llara_dist.model.fused_lora import fuse_lora
 from llara_dist.model.kernels import Kernels, choose_kernels
 from llara_dist.model.llama import attach_lora, compute_dtype, load_llama, read_llama_config
 from llara_dist.model.ops.projector import output_rms, write_reference
@@ -150,6 +151,8 @@ def build_hybrid_llama(
         torch.manual_seed(seed)
         adapted = attach_lora(llm, lora, model.path)
         made = Projector(item_table.shape[1], llm.config.hidden_size, projector.hidden_dim)
+    if chosen.lora == "fused":
+        fuse_lora(adapted)
     if projector.init == "embedding_scale":
         made.match_scale(item_table.to(torch.float32), float(output_rms(embedding)))
     hybrid = HybridLlama(adapted, made, item_table, dtype, chosen)

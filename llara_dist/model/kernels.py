@@ -123,7 +123,15 @@ def _projector(asked: str, device: torch.device, dtype: torch.dtype, zero_stage:
 
 
 def _lora(asked: str, device: torch.device, zero_stage: int) -> tuple[str, str]:
-    return "peft", ""
+    """Who computes the adapters, and why not the fused op."""
+    reason = ""
+    if zero_stage == 3:
+        reason = "ZeRO stage 3 gathers adapters in PEFT's calls"
+    elif device.type == "cuda" and find_spec("triton") is None:
+        reason = "triton is not installed"
+    if asked == "fused" and reason:
+        raise InputError(f"kernels.lora=fused cannot run: {reason}; use peft or auto")
+    return ("peft", reason if asked == "auto" else "") if reason or asked == "peft" else ("fused", "")
 
 
 def _layers(asked: str, device: torch.device) -> tuple[str, str]:

@@ -1,0 +1,185 @@
+"""PEFT's LoRA against the fused one: time and bytes kept, of one linear layer and of a whole small Llama's step.
+
+    python benchmarks/lora.py [--out results.json] [--repeats 15]
+
+Both run by turns in one process, forward and backward; a ratio is of their medians.
+Times are of the clock on a GPU and of the process on the CPU. On a GPU the layers have the shapes
+of a Llama 7B and 8192 tokens, on the CPU a sixteenth of that. Kept is what the forward pass leaves for the backward pass,
+parameters not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
+from llara_dist.model.fused_lora import fuse_lora
+from llara_dist.model.hybrid import build_hybrid_llama
+from llara_dist.stream.batch import collate
+from tests.models import ITEM_DIM, ITEMS, write_shape
+from tests.tiny import make_sample
+
+SIZES = {
+    "cpu": {"tokens": 4161, "linears": ((512, 512), (512, 1376), (1376, 512))},
+    "cuda": {"tokens": 8192, "linears": ((4096, 4096), (4096, 11008), (11008, 4096))},
+}
+LLAMAS = {
+    "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4},
+    "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4},
+}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+SAMPLES = {"cpu": 64, "cuda": 140}
+
+
+def main() -> None:
+    """Measure every case, print a table and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"{'case':40} {'PEFT ms':>9} {'fused ms':>9} {'ratio':>6} {'PEFT MB kept':>13} {'fused MB kept':>14}")
+    cases = []
+    for bits in (4, 16 if device.type == "cuda" else 32):
+        for dropout in (0.0, 0.1):
+            for inputs, outputs in SIZES[device.type]["linears"]:
+                name = f"linear {inputs} to {outputs}, {bits} bits, p={dropout}"
+                runs = {kind: linear(kind, inputs, outputs, bits, dropout, device, dtype) for kind in ("peft", "fused")}
+                cases.append(compare(name, runs, device, options.repeats))
+    with tempfile.TemporaryDirectory() as folder:
+        write_shape(Path(folder), **LLAMAS[device.type], **HEADS)
+        for dropout in (0.0, 0.1):
+            for recompute in (False, True):
+                name = f"Llama step, 4 bits, p={dropout}" + (", recomputed" if recompute else "")
+                runs = {kind: llama(kind, folder, dropout, recompute, device) for kind in ("peft", "fused")}
+                cases.append(compare(name, runs, device, options.repeats))
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "triton", "numpy")
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "dtype": str(dtype),
+        "tokens_of_linears": SIZES[device.type]["tokens"],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "cases": cases,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def linear(
+    kind: str, inputs: int, outputs: int, bits: int, dropout: float, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """One adapted linear layer, and its forward pass to a sum with a fixed gradient."""
+    import bitsandbytes
+    import peft
+
+    torch.manual_seed(0)
+    whole = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    base: nn.Module = whole
+    if bits == 4:
+        base = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4")
+        base.load_state_dict(whole.state_dict())
+    holder: Any = nn.ModuleDict({"linear": base.to(device).requires_grad_(False)})
+    holder.is_loaded_in_4bit = bits == 4
+    settings = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=["linear"])
+    holder = peft.inject_adapter_in_model(settings, holder).to(device).train()
+    if kind == "fused":
+        fuse_lora(holder)
+    tokens = SIZES[device.type]["tokens"]
+    x = torch.randn(1, tokens, inputs, device=device, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(1, tokens, outputs, device=device, dtype=dtype)
+
+    def forward() -> Tensor:
+        x.grad = None
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return (holder["linear"](x) * gradient).sum()
+
+    return holder, forward
+
+
+def llama(
+    kind: Any, folder: str, dropout: float, recompute: bool, device: torch.device
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A whole HybridLlama with NF4 weights on one packed row."""
+    table = torch.randn(ITEMS, ITEM_DIM, generator=torch.Generator().manual_seed(0))
+    model = build_hybrid_llama(
+        ModelConfig(path=folder, bits=4, activation_checkpointing=recompute),
+        LoraConfig(dropout=dropout),
+        ProjectorConfig(),
+        table,
+        device,
+        seed=0,
+        kernels=KernelsConfig(lora=kind),
+    ).train()
+    samples = [make_sample(key, num_items=ITEMS) for key in range(SAMPLES[device.type])]
+    batch = collate(samples, [True] * len(samples)).to(device)
+    return model, lambda: model(batch)
+
+
+def compare(
+    name: str, runs: dict[str, tuple[nn.Module, Callable[[], Tensor]]], device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """Time of both by turns, bytes kept, and on CUDA the peak beyond what was there."""
+    found: dict[str, Any] = {"name": name}
+    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
+    for kind, (model, forward) in runs.items():
+        found[f"{kind}_kept_bytes"] = kept_bytes(model, forward)
+    for _ in range(repeats):
+        for kind, (model, forward) in runs.items():
+            model.zero_grad(set_to_none=True)
+            started = clock(device)
+            forward().backward()
+            seconds[kind].append(clock(device) - started)
+    for kind in runs:
+        found[f"{kind}_s"] = statistics.median(seconds[kind])
+    found["peft_over_fused"] = round(found["peft_s"] / found["fused_s"], 3)
+    print(
+        f"{name:40} {1e3 * found['peft_s']:9.2f} {1e3 * found['fused_s']:9.2f} {found['peft_over_fused']:6.2f}"
+        f" {found['peft_kept_bytes'] / 1e6:13.1f} {found['fused_kept_bytes'] / 1e6:14.1f}",
+        flush=True,
+    )
+    return found
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: once the GPU has done what it was given; on a CPU that others use as well, of this process alone."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that a forward pass saves, parameters and buffers not counted; warms up as well."""
+    known = {value.untyped_storage().data_ptr() for value in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (pointer := tensor.untyped_storage().data_ptr()) not in known:
+            kept.setdefault(pointer, tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    result.backward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+if __name__ == "__main__":
+    main()
