@@ -2,10 +2,9 @@
 
     python benchmarks/lora.py [--out results.json] [--repeats 15]
 
-Both run by turns in one process, forward and backward; a ratio is of their medians.
-Times are of the clock on a GPU and of the process on the CPU. On a GPU the layers have the shapes
-of a Llama 7B and 8192 tokens, on the CPU a sixteenth of that. Kept is what the forward pass leaves for the backward pass,
-parameters not counted.
+Both run by turns in one process, forward and backward; a ratio is of their medians. Times are of the clock on a GPU and
+of the process on the CPU. On a GPU the layers have the shapes of a Llama 7B and 8192 tokens, on the CPU an eighth of
+that width. Kept is what the forward pass leaves for the backward pass, parameters not counted.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
-from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
+from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
+from llara_dist.model.hybrid import FASTEST, HybridLlama, build_hybrid_llama
 from llara_dist.stream.batch import Batch, collate
 from tests.tiny import make_sample
 
@@ -32,11 +32,13 @@ def write_shape(folder: Path, **changes: Any) -> None:
     LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).save_pretrained(folder)
 
 
-def build(folder: Path, model: dict[str, Any], lora: LoraConfig) -> HybridLlama:
+def build(folder: Path, model: dict[str, Any], lora: LoraConfig, kernels: KernelsConfig = FASTEST) -> HybridLlama:
     """The HybridLlama of a folder that `write_shape` made, in training mode, on the CPU."""
     table = torch.randn(ITEMS, ITEM_DIM, generator=torch.Generator().manual_seed(0))
     config = ModelConfig(path=str(folder), **model)
-    return build_hybrid_llama(config, lora, ProjectorConfig(), table, torch.device("cpu"), seed=0).train()
+    return build_hybrid_llama(
+        config, lora, ProjectorConfig(), table, torch.device("cpu"), seed=0, kernels=kernels
+    ).train()
 
 
 def packed_row(samples: int = 12) -> Batch:

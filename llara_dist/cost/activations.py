@@ -1,6 +1,6 @@
 """Bytes that the forward pass leaves for the backward pass, op by op, as autograd saves them.
 
-Counted for transformers' Llama under autocast with PEFT's LoRA and this package's packed attention. With T tokens,
+Counted for transformers' Llama under autocast with LoRA and this package's packed attention. With T tokens,
 h hidden, m intermediate, H query and K key heads of width D, c bytes of a compute element, and R rows that ask (T but
 in a last layer that computes the answers' alone), a layer saves
 
@@ -8,16 +8,16 @@ in a last layer that computes the answers' alone), a layer saves
 - attention: queries and result, 2·c·R·D·H, keys and values, 2·c·T·D·K, and the log-sum-exp, 4·R·H; with fewer rows than
   keys its mask on the CPU;
 - MLP: gate, its SiLU and up, 3·c·R·m;
-- adapters: their input and A's output, c·R·(in + r) each (k and v: T); with dropout every adapter has an input of its
-  own and a mask (a byte an element on CUDA, four on the CPU), without it q, k, v share one (q has its own where R < T)
-  and gate, up share one;
-- under bfloat16: the cast copies of the adapters (and of the frozen weights, where these are held in float32).
+- adapters: their input and A's output, c·R·(in + r) each (k and v: T), where q, k, v share one input (q has its own
+  where R < T) and gate, up share one; fused ones keep nothing else, and the input uncast. With PEFT's and dropout every
+  adapter has an input of its own and a mask (a byte an element on CUDA, four on the CPU);
+- under bfloat16: the cast copies of PEFT's adapters (and of the frozen weights, where these are held in float32).
 
 Outside the layers: the last norm, rotary tables, where the answers' rows lie, float32 log-probabilities at the answers,
 the projector's. With activation checkpointing a layer leaves its input alone, and one layer at a time is whole.
 
-Of the flash kernels, which run on a GPU alone, the result is also the input of the output projection, and without
-dropout saved once; counted as on the CPU, it is counted twice (c·T·D·H a layer too many).
+Of the flash kernels, which run on a GPU alone, the result is also the input of the output projection, and saved once
+unless PEFT's dropout copies it; counted as on the CPU, it is counted twice (c·T·D·H a layer too many).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
     stream = compute if model.bits != 32 else 4
     rows = last_rows(model, work)
     layer = _layer_bytes(model, work, tokens, device_type)
-    casts = 2 * sum(model.adapter_sizes) if model.bfloat16 else 0
+    casts = 2 * sum(model.adapter_sizes) if model.bfloat16 and model.lora == "peft" else 0
     casts += 2 * shape.layer_weights if model.bfloat16 and model.bits == 32 else 0
     layers = (shape.layers - 1) * layer + _layer_bytes(model, work, rows, device_type) + shape.layers * casts
     kept = shape.layers * stream * tokens * shape.hidden if model.recompute else layers
@@ -108,7 +108,8 @@ def _layer_bytes(model: TunedModel, work: Work, rows: int, device_type: str) -> 
     mlp = 3 * compute * rows * shape.intermediate
     adapted = [linear for linear in shape.linears if linear.name in model.targets]
     # Autocast's casts of activations are not cached; on the CPU, PEFT casts the input to float32 before.
-    own_input = model.dropout > 0 or (model.bfloat16 and (model.bits == 32 or device_type == "cpu"))
+    peft_casts = model.bfloat16 and (model.bits == 32 or device_type == "cpu")
+    own_input = model.lora == "peft" and (model.dropout > 0 or peft_casts)
     sources = {"v_proj": "k_proj", "up_proj": "gate_proj"} | (
         {"k_proj": "q_proj", "v_proj": "q_proj"} if rows == tokens else {}
     )
@@ -118,7 +119,12 @@ def _layer_bytes(model: TunedModel, work: Work, rows: int, device_type: str) -> 
         positions = tokens if linear.name in KEYS_AND_VALUES else rows
         inputs[linear.name if own_input else sources.get(linear.name, linear.name)] = positions * linear.inputs
         adapters += compute * positions * model.rank
-        if model.dropout > 0:
+        if model.lora == "peft" and model.dropout > 0:
             adapters += (1 if device_type == "cuda" else 4) * positions * linear.inputs
+    if model.attention == "sdpa" and not own_input:
+        inputs.pop("o_proj", None)  # the result of attention, saved there
     adapters += compute * sum(inputs.values())
+    if model.lora == "fused" and model.bfloat16 and model.bits == 32:
+        # What the norms give is float32 then, and kept as it is.
+        adapters += 2 * sum(size for name, size in inputs.items() if name not in ("o_proj", "down_proj"))
     return norms + attention + mlp + adapters

@@ -96,9 +96,10 @@ def plan(
     budget = tokens_per_microbatch or config.data.max_tokens_per_microbatch
     if budget < longest:
         raise InputError(f"--tokens_per_microbatch {budget}: less than the longest sample, {longest} tokens")
-    tuned = TunedModel.of(config, architecture, (num_items, item_dim), _in_bfloat16(config.model))
     zero_path = ds_config or config.deepspeed
-    setting = _Setting(tuned, ZeroSettings.of(read_ds_config(zero_path), str(zero_path)), samples, budget)
+    zero = ZeroSettings.of(read_ds_config(zero_path), str(zero_path))
+    tuned = TunedModel.of(config, architecture, (num_items, item_dim), _in_bfloat16(config.model), zero.stage)
+    setting = _Setting(tuned, zero, samples, budget)
     rows = []
     for count in counts:
         cluster = Cluster(hardware, count, gpus_per_node)

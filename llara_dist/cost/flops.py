@@ -92,6 +92,8 @@ def step_flops(model: TunedModel, work: Work) -> StepFlops:
     if model.recompute:
         # Checkpointing stops before the layer's last product, whose result nothing needs.
         last = model.rank if "down_proj" in model.targets else shape.intermediate
+        if model.lora == "fused" and "down_proj" in model.targets:
+            last = 0  # one op with what it saves: it has run when checkpointing sees that nothing more is needed
         beyond += linears + adapters + computed - 2 * last * shape.hidden * rows
     counted = StepFlops(
         linears=2 * linears,

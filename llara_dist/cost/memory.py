@@ -105,12 +105,11 @@ def estimate_run_memory(
     Raises:
         InputError: lora.targets names what no cost is known for, or ds_config's values have wrong types.
     """
-    model = TunedModel.of(config, Architecture.of(llama), item_table, bfloat16)
+    zero = ZeroSettings.of(ds_config, str(config.deepspeed))
+    model = TunedModel.of(config, Architecture.of(llama), item_table, bfloat16, zero.stage)
     share = math.ceil(config.data.global_batch_samples / world_size)
     work = samples.largest_row(config.data.max_tokens_per_microbatch, share, items=item_table[0])
-    return run_memory(
-        model, work, ZeroSettings.of(ds_config, str(config.deepspeed)), world_size, device_type, config.data.workers
-    )
+    return run_memory(model, work, zero, world_size, device_type, config.data.workers)
 
 
 def run_memory(

@@ -28,6 +28,7 @@ class TunedModel:
         attention: packed, sdpa or eager, as in `model.attention`.
         recompute: whether each layer's activations are recomputed in the backward pass.
         last_layer: answers or all, as in `kernels.last_layer`; rows that are not packed compute all.
+        lora: fused or peft, as `kernels.lora` comes to.
     """
 
     architecture: Architecture
@@ -42,10 +43,16 @@ class TunedModel:
     attention: Literal["packed", "sdpa", "eager"] = "packed"
     recompute: bool = False
     last_layer: Literal["answers", "all"] = "answers"
+    lora: Literal["fused", "peft"] = "fused"
 
     @classmethod
     def of(
-        cls, config: RunConfig, architecture: Architecture, item_table: tuple[int, int], bfloat16: bool
+        cls,
+        config: RunConfig,
+        architecture: Architecture,
+        item_table: tuple[int, int],
+        bfloat16: bool,
+        zero_stage: int = 0,
     ) -> TunedModel:
         """What a run tunes.
 
@@ -54,6 +61,7 @@ class TunedModel:
             architecture: of its language model.
             item_table: (items, d).
             bfloat16: what `model.compute_dtype` comes to on the device.
+            zero_stage: under stage 3 PEFT computes the adapters.
         """
         return cls(
             architecture=architecture,
@@ -68,6 +76,7 @@ class TunedModel:
             attention=config.model.attention,
             recompute=config.model.activation_checkpointing,
             last_layer=config.kernels.last_layer,
+            lora="peft" if config.kernels.lora == "peft" or zero_stage == 3 else "fused",
         )
 
     @property

@@ -22,12 +22,10 @@ def fuse_lora(model: nn.Module) -> int:
     """
     from peft.tuners.lora import LoraLayer
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
         if found := _not_plain(layer):
-            raise ValueError(
-                f"{name}: a fused forward pass is of a linear layer with one plain adapter, this has {found}"
-            )
+            raise ValueError(f"{name} has {found}; only linear layers with one plain adapter are fused")
         layer.__class__ = _fused(type(layer))
     return len(layers)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llara_dist.config import LoraConfig
+from llara_dist.config import KernelsConfig, LoraConfig
 from llara_dist.cost.architecture import PRESETS, Architecture
 from llara_dist.cost.flops import step_flops
 from llara_dist.cost.tuned import TunedModel
@@ -40,15 +40,17 @@ def tuned(**changes: Any) -> TunedModel:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_matrix_products_are_counted_exactly(folder: Path, recompute: bool) -> None:
+@pytest.mark.parametrize("lora", ["fused", "peft"])
+def test_matrix_products_are_counted_exactly(folder: Path, recompute: bool, lora: Literal["fused", "peft"]) -> None:
     """To the last FLOP, with eager attention: the counter does not know the fused one on the CPU."""
-    model = build(folder, {"bits": 32, "attention": "eager", "activation_checkpointing": recompute}, LoraConfig())
+    settings = {"bits": 32, "attention": "eager", "activation_checkpointing": recompute}
+    model = build(folder, settings, LoraConfig(), KernelsConfig(lora=lora))
     batch = packed_row()
     with FlopCounterMode(display=False) as counter:
         model(batch).backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(count for op, count in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    expected = step_flops(tuned(attention="eager", recompute=recompute), Work.of([batch]))
+    expected = step_flops(tuned(attention="eager", recompute=recompute, lora=lora), Work.of([batch]))
     attention = sum(count for op, count in counts.items() if op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert products + attention == expected.hardware
     # Eager attention multiplies whole T × T blocks.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from llara_dist.config import DataConfig, LoraConfig, ModelConfig, RunConfig
+from llara_dist.config import DataConfig, KernelsConfig, LoraConfig, ModelConfig, RunConfig
 from llara_dist.cost.activations import activation_bytes
 from llara_dist.cost.architecture import PRESETS, Architecture
 from llara_dist.cost.memory import estimate_run_memory, frozen_bytes, run_memory, trained_bytes
@@ -18,7 +18,7 @@ from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.ds_config import read_ds_config
-from llara_dist.model.hybrid import HybridLlama
+from llara_dist.model.hybrid import FASTEST, HybridLlama
 from llara_dist.stream.batch import Batch
 from tests.models import ITEM_DIM, ITEMS, build, packed_row, write_shape
 from tests.runs import ROOT
@@ -33,10 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tuned(folder: Path, model: dict[str, Any], lora: LoraConfig) -> TunedModel:
+def tuned(folder: Path, model: dict[str, Any], lora: LoraConfig, kernels: KernelsConfig = FASTEST) -> TunedModel:
     from transformers import LlamaConfig
 
-    run = RunConfig(model=ModelConfig(path=str(folder), **model), lora=lora)
+    run = RunConfig(model=ModelConfig(path=str(folder), **model), lora=lora, kernels=kernels)
     architecture = Architecture.of(LlamaConfig.from_pretrained(folder))
     return TunedModel.of(run, architecture, (ITEMS, ITEM_DIM), model.get("compute_dtype") == "bfloat16")
 
@@ -75,9 +75,13 @@ def saved_bytes(model: HybridLlama, batch: Batch) -> int:
     ],
     ids=lambda value: ",".join(str(v) for v in value.values()) if isinstance(value, dict) else f"p={value.dropout}",
 )
-def test_saved_activations_are_those_that_autograd_saves(folder: Path, model: dict[str, Any], lora: LoraConfig) -> None:
-    built, batch = build(folder, model, lora), packed_row()
-    expected = activation_bytes(tuned(folder, model, lora), Work.of([batch]), "cpu").total
+@pytest.mark.parametrize("adapters", ["fused", "peft"])
+def test_saved_activations_are_those_that_autograd_saves(
+    folder: Path, model: dict[str, Any], lora: LoraConfig, adapters: Literal["fused", "peft"]
+) -> None:
+    kernels = KernelsConfig(lora=adapters)
+    built, batch = build(folder, model, lora, kernels), packed_row()
+    expected = activation_bytes(tuned(folder, model, lora, kernels), Work.of([batch]), "cpu").total
     assert expected == pytest.approx(saved_bytes(built, batch), rel=0.01)
     if built.kernels.last_layer == "answers":
         built.kernels = dataclasses.replace(built.kernels, last_layer="all")

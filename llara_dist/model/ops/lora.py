@@ -2,15 +2,15 @@
 
     y = base(x) + s·(x ⊙ mask / q)·Aᵀ·Bᵀ        (LoRA, arXiv 2106.09685, with dropout that keeps with probability q)
 
-`lora_down` makes h = (x ⊙ mask)·Aᵀ and hands x through; `lora_up` adds c·h·Bᵀ to the layer's result in place, c = s / q.
-Between them stands the layer itself, as it is:
+`lora_down` makes h = (x ⊙ mask)·Aᵀ and hands x through; `lora_up` adds c·h·Bᵀ to the layer's result in place, with
+c = s / q. Between them stands the layer itself, as it is:
 
     x, h = lora_down(x, a, ...)
     y = lora_up(base(x), h, b, ...)
 
-Since x goes through `lora_down` on its way to the layer, its backward gets the layer's gradient of x and adds its own in
-the same pass. Saved are x, which layers with the same input share, and h. The mask is made anew in the backward pass,
-from a seed; nothing else of it is kept.
+Since x goes through `lora_down` on its way to the layer, its backward gets the layer's gradient of x and adds its own
+in the same pass. Saved are x, which layers with the same input share, and h. The mask is made anew in the backward
+pass, from a seed; nothing else of it is kept.
 
 On CUDA devices masked products are Triton kernels (`lora_triton.py`). Elsewhere the mask is NumPy's: a quarter of the
 time of PyTorch's `bernoulli_`. The two draw different masks from the same seed.

@@ -1,13 +1,16 @@
 """Triton kernels of LoRA's first product under dropout, forward and backward; `lora.py` says what they compute.
 
-The mask is a function of (seed, row, column) alone, so neither the sizes of a kernel's tiles nor their order change what
-is dropped. Each element hashes its own position: a Weyl sequence along the row, keyed by the row, through MurmurHash3's
-finalizer, as in SplitMix (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA'14). That is
-about eleven integer instructions an element. Philox in its seven rounds takes about seventy for four words: as cheap only
-if every bit of them is used, and then words have to be moved between threads to where their elements are.
+The mask is a function of (seed, row, column) alone, so neither the sizes of a kernel's tiles nor their order change
+what is dropped. Each element hashes its own position: a Weyl sequence along the row, keyed by the row, through
+MurmurHash3's finalizer, as in SplitMix (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA'14). That is about a dozen integer instructions an element. Philox takes about seventy for four words even in its
+seven rounds: as cheap only if every bit of them is used, and then words have to be moved between threads to where their
+elements are.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -120,9 +123,7 @@ def masked_down(x: Tensor, a: Tensor, seed: int, kept: int) -> Tensor:
     h = a.new_empty((tokens, rank))
     constants = tile(rank, a.dtype)
     with torch.cuda.device_of(x):
-        down_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
-            x, a, h, seed, kept, tokens, x.shape[1], RANK=rank, **constants
-        )
+        down_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](x, a, h, seed, kept, tokens, x.shape[1], **constants)
     return h
 
 
@@ -136,7 +137,7 @@ def masked_down_backward(dx: Tensor, dh: Tensor, x: Tensor, a: Tensor, seed: int
     out, parts = torch.empty_like(dx), a.new_empty((count, rank, inputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
         down_backward_kernel[(triton.cdiv(inputs, constants["COLUMNS"]), count)](
-            dx, dh, x, a, out, parts, seed, kept, tokens, inputs, rows_per_part, RANK=rank, **constants
+            dx, dh, x, a, out, parts, seed, kept, tokens, inputs, rows_per_part, **constants
         )
     return out, parts.sum(0)
 
@@ -145,11 +146,12 @@ PARTS = 16
 """of the rows in the backward pass, each with its own partial sum: 4096 columns then make 1024 programs"""
 
 
-def tile(rank: int, dtype: torch.dtype) -> dict[str, int | str]:
+def tile(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     """The kernels' constants and launch options: tiles that stay in registers."""
     padded = max(16, triton.next_power_of_2(rank))
     single = dtype == torch.float32
     return {
+        "RANK": rank,
         "ROWS": 16 if single else 32,
         "COLUMNS": 32 if single and padded > 16 else 64,
         "PADDED_RANK": padded,
