@@ -98,6 +98,8 @@ def linear(
     holder.is_loaded_in_4bit = bits == 4
     settings = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=["linear"])
     holder = peft.inject_adapter_in_model(settings, holder).to(device).train()
+    for matrices in (holder["linear"].lora_A, holder["linear"].lora_B):
+        matrices.to(torch.float32)  # as in a run, whatever the layer's weights are
     if kind == "fused":
         fuse_lora(holder)
     tokens = SIZES[device.type]["tokens"]

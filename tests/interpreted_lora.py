@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from llara_dist.model.ops import lora_triton
-from tests.lora_masks import reference_mask
+from tests.lora_cases import reference_mask
 
 SEED, KEPT = 0x1234_5678_9ABC_DEF0, 45_000
 SHAPES = ((9, 41, 8), (41, 341, 3), (70, 64, 20), (300, 24, 16))

@@ -18,10 +18,10 @@ from llara_dist.model.fused_lora import fuse_lora
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.model.kernels import choose_kernels
 from llara_dist.model.ops.lora import LEVELS, draw_seed, dropout_mask, kept_levels, lora_down, lora_up
+from tests.lora_cases import SCALE, peft_linear, relative_error
 from tests.models import build, packed_row, write_shape
 
 CPU = torch.device("cpu")
-SCALE = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +49,6 @@ def step(model: HybridLlama, seed: int = 0) -> dict[str, Tensor]:
     loss.backward()
     parameters = model.lora_parameters() | model.projector_parameters()
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-
-
-def peft_linear(base: nn.Linear, dropout: float = 0.0, **settings: Any) -> nn.Module:
-    import peft
-
-    config = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=["linear"], **settings)
-    adapted = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": base.requires_grad_(False)}))
-    adapted["linear"].lora_B["default"].weight.data.normal_(0.0, 0.3)
-    return adapted
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -196,6 +183,18 @@ def test_parameters_that_are_gathered_in_pefts_calls_stay_with_peft() -> None:
 
 def test_the_draw_is_an_op_that_graphs_can_hold() -> None:
     torch.library.opcheck(dropout_mask, (torch.tensor(2**32), 5, 7, 40_000, torch.float32))
+    torch.manual_seed(0)
+    adapted: Any = peft_linear(nn.Linear(24, 16, bias=False), dropout=0.3).train()
+    fuse_lora(adapted)
+    x, found = torch.randn(2, 5, 24, requires_grad=True), []
+    compiled = torch.compile(lambda x: adapted["linear"](x * 1.0).square().sum(), backend="aot_eager", fullgraph=True)
+    for run in (compiled, lambda x: adapted["linear"](x * 1.0).square().sum(), compiled):
+        torch.manual_seed(1)
+        loss = run(x)
+        found.append([loss, *torch.autograd.grad(loss, [x, *adapted["linear"].lora_A.parameters()])])
+    for again in found[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(again, found[0], strict=True))
+    assert not torch.equal(compiled(x), found[0][0])  # drawn anew, not when it was traced
 
 
 @pytest.mark.long
