@@ -30,7 +30,11 @@ class ModelConfig:
         compute_dtype: what matrix products run in; auto = bfloat16 where the device has it, else float32.
         quant_storage: dtype that holds the packed 4-bit weights; uint8 or the dtype DeepSpeed trains in (float32).
         attention: packed = variable-length attention over the packed row; sdpa, eager = transformers' own.
-        activation_checkpointing: recompute each layer in the backward pass: less memory, about a third more time.
+        activation_checkpointing: recompute layers in the backward pass: less memory, for all of them about a third more
+            time. true = all; a number = so many, the first ones; auto = as few as `memory_target_gib` needs, decided
+            before weights are read (on the CPU none).
+        memory_target_gib: memory of a GPU that `activation_checkpointing=auto` may use; 0 = what is free, less a
+            margin.
     """
 
     path: str = ""
@@ -39,7 +43,8 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
     attention: Literal["packed", "sdpa", "eager"] = "packed"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int | Literal["auto"] = False
+    memory_target_gib: float = 0.0
 
     def __post_init__(self) -> None:
         _require(
@@ -52,6 +57,12 @@ class ModelConfig:
             not (self.bits == 16 and self.compute_dtype == "float32"),
             "model.bits=16 holds bfloat16 weights, model.compute_dtype=float32 does not match; use model.bits=32",
         )
+        layers = self.activation_checkpointing
+        _require(
+            layers == "auto" or (isinstance(layers, int) and layers >= 0),
+            f"model.activation_checkpointing={layers}: must be true, false, auto or a number of layers",
+        )
+        _require(self.memory_target_gib >= 0, f"model.memory_target_gib={self.memory_target_gib}: not negative")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ in a last layer that computes the answers' alone), a layer saves
 - under bfloat16: the cast copies of PEFT's adapters (and of the frozen weights, where these are held in float32).
 
 Outside the layers: the last norm, rotary tables, where the answers' rows lie, float32 log-probabilities at the answers,
-the projector's. With activation checkpointing a layer leaves its input alone, and one layer at a time is whole.
+the projector's. Of a recomputed layer only its input stays. One of them at a time is whole again, when the layers that
+are not recomputed, all after it, have given theirs back.
 
 Of the flash kernels, which run on a GPU alone, the result is also the input of the output projection, and saved once
 unless PEFT's dropout copies it; counted as on the CPU, it is counted twice (c·T·D·H a layer too many).
@@ -36,11 +37,11 @@ class Activations:
     Attributes:
         layer: what one layer's forward pass saves, of those that compute every position.
         layers: what all layers' forward passes save, recomputed or not.
-        kept: what stays of the layers until their backward pass: `layers`, or their inputs under recomputation.
+        kept: what stays of the layers until their backward pass: of those that are recomputed their inputs.
         outside: saved beside the layers.
         total: saved by the whole forward pass.
-        workspace: beyond that at the peak: gradients in flight, a dequantised matrix, the head's logits and, under
-            recomputation, the one layer that is whole again. A bound, not a count.
+        workspace: beyond that at the peak: gradients in flight, a dequantised matrix, the head's logits and what the one
+            recomputed layer that is whole again needs beyond those that kept everything. A bound, not a count.
     """
 
     layer: int
@@ -66,7 +67,8 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
     casts = 2 * sum(model.adapter_sizes) if model.bfloat16 and model.lora == "peft" else 0
     casts += 2 * shape.layer_weights if model.bfloat16 and model.bits == 32 else 0
     layers = (shape.layers - 1) * layer + _layer_bytes(model, work, rows, device_type) + shape.layers * casts
-    kept = shape.layers * stream * tokens * shape.hidden if model.recompute else layers
+    again = layers if model.recomputed == shape.layers else model.recomputed * (layer + casts)
+    kept = layers - again + model.recomputed * stream * tokens * shape.hidden
     outside = (
         4 * rows * (shape.hidden + 1)
         + 4 * work.answer_tokens * shape.vocabulary
@@ -75,7 +77,7 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
         + stream * work.slots * shape.hidden
         + 16 * work.slots
     )
-    if not model.recompute:
+    if model.recomputed < shape.layers:
         outside += 2 * stream * tokens * shape.head_dim
         outside += (2 * stream * shape.head_dim + 8) * rows if model.answers_only else 0
     if model.bfloat16:
@@ -85,7 +87,7 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
     largest = max(linear.weights for linear in shape.linears)
     flight = 2 * tokens * (compute * shape.intermediate + 4 * shape.hidden)
     logits = work.answer_tokens * shape.vocabulary * (4 + 2 * compute)
-    whole_again = layer + casts if model.recompute else 0
+    whole_again = max(0, layer + casts - (layers - again)) if model.recomputed else 0
     dequantised = compute * largest if model.bits == 4 else 0
     return Activations(layer + casts, layers, kept, outside, total, max(logits, flight + whole_again) + dequantised)
 

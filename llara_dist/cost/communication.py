@@ -74,9 +74,9 @@ def _add_gathers(traffic: Traffic, model: TunedModel, zero: ZeroSettings, microb
     if model.architecture.tied and anew > 0:
         # The embedding is gathered as the input and again as the head.
         gathered += _Sum.of(p for p in partitioned if p.use == "input and head")
-    if model.recompute:
-        gathered += _Sum.of(p for p in partitioned if p.use == "frozen layer")
-        gathered += _Sum.of(p for p in partitioned if p.use == "trained layer").times(anew)
+    again = model.recomputed / model.architecture.layers
+    gathered += _Sum.of(p for p in partitioned if p.use == "frozen layer").times(again)
+    gathered += _Sum.of(p for p in partitioned if p.use == "trained layer").times(again * anew)
     calls = math.ceil(gathered.elements / zero.prefetch_bucket) if zero.prefetch_bucket else gathered.tensors
     traffic.add("all_gather", microbatches * round(gathered.bytes), microbatches * round(calls))
     traffic.add("all_gather", round(persistent.bytes), round(persistent.tensors))

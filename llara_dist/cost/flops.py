@@ -14,8 +14,8 @@ tokens, and its attention those rows' pairs. Norms, rotary embeddings, activatio
 (under 1 % at Llama's widths).
 
 `model` counts each thing once and attention for the pairs that exist (causal, per sample): divided by time and peak it
-is the model FLOPs utilisation (MFU). `hardware` adds what the implementation computes beyond that: the layers' forward
-pass again under activation checkpointing, masked pairs where rows are not packed, and scores recomputed in attention's
+is the model FLOPs utilisation (MFU). `hardware` adds what the implementation computes beyond that: the forward pass of
+recomputed layers again, masked pairs where rows are not packed, and scores recomputed in attention's
 backward pass (10·H·D instead of 8·H·D a pair).
 """
 
@@ -89,12 +89,16 @@ def step_flops(model: TunedModel, work: Work) -> StepFlops:
     computed = per_pair * computed_pairs
     scores_again = 0 if model.attention == "eager" else computed // 2
     beyond = 3 * computed - 3 * per_pair * pairs + scores_again
-    if model.recompute:
-        # Checkpointing stops before the layer's last product, whose result nothing needs.
-        last = model.rank if "down_proj" in model.targets else shape.intermediate
-        if model.lora == "fused" and "down_proj" in model.targets:
-            last = 0  # one op with what it saves: it has run when checkpointing sees that nothing more is needed
+    # Checkpointing stops before the layer's last product, whose result nothing needs.
+    last = model.rank if "down_proj" in model.targets else shape.intermediate
+    if model.lora == "fused" and "down_proj" in model.targets:
+        last = 0  # one op with what it saves: it has run when checkpointing sees that nothing more is needed
+    if model.recomputed == shape.layers:
         beyond += linears + adapters + computed - 2 * last * shape.hidden * rows
+    else:
+        weights = shape.layer_weights + sum(model.adapter_sizes) - last * shape.hidden
+        again = 2 * weights * work.tokens + per_pair * work.computed_pairs(model.attention)
+        beyond += model.recomputed * again
     counted = StepFlops(
         linears=2 * linears,
         adapters=3 * adapters,

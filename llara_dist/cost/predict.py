@@ -186,12 +186,12 @@ def compute_seconds(
     products = step_flops(model, row).hardware / (hardware.peak(model.bfloat16) * efficiency.compute)
     activations = activation_bytes(model, row, hardware.device_type)
     saved = activations.layers + activations.outside
-    passes = 3 if model.recompute else 2
-    elementwise = TOUCHES * saved * (4 / 3 if model.recompute else 1) / bandwidth
+    again = model.recomputed / shape.layers
+    elementwise = TOUCHES * saved * (1 + again / 3) / bandwidth
     unpacked = shape.linear_weights * (0.5 + 2 * model.compute_bytes) if model.bits == 4 else 0.0
-    dequantisation = passes * unpacked / bandwidth
+    dequantisation = (2 + again) * unpacked / bandwidth
     device = products + elementwise + dequantisation
-    kernels = KERNELS * shape.layers * (4 if model.recompute else 3)
+    kernels = KERNELS * shape.layers * (3 + again)
     launching = max(0.0, kernels * LAUNCH_S - device) if hardware.device_type == "cuda" else 0.0
     part = model.trainable / (1 if zero.stage == 0 else cluster.ranks)
     return {

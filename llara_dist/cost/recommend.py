@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from llara_dist.cost.memory import RunMemory, run_memory
 from llara_dist.cost.predict import Cluster, StepTime, predict_step
 from llara_dist.cost.tuned import TunedModel
-from llara_dist.cost.work import SampleSizes
+from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings
 
 MARGIN = 0.08
@@ -19,7 +19,7 @@ MARGIN = 0.08
 BUDGETS = tuple(1024 * 2**power for power in range(6))
 """token budgets of a micro-batch that are tried"""
 WORTH = 1.05
-"""a larger budget, or no recomputation, must be predicted so much faster than what needs less memory"""
+"""a larger budget, or fewer recomputed layers, must be predicted so much faster than what needs less memory"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Recommendation:
     Attributes:
         stage: ZeRO.
         tokens_per_microbatch: budget of a packed row.
-        recompute: activation checkpointing.
+        recompute: layers that are recomputed.
         memory: predicted with them.
         step: predicted with them.
         reasons: in words.
@@ -37,7 +37,7 @@ class Recommendation:
 
     stage: int
     tokens_per_microbatch: int
-    recompute: bool
+    recompute: int
     memory: RunMemory
     step: StepTime
     reasons: list[str]
@@ -57,7 +57,7 @@ def recommend(
     ones do not fit, or leave so little memory that their steps are slower.
 
     Args:
-        model: what is tuned; its `recompute` is tried both ways.
+        model: what is tuned; its `recompute` is chosen here.
         cluster: hardware, ranks and nodes.
         samples: lengths of a sample.
         global_batch: samples of a step.
@@ -90,18 +90,42 @@ def _best(
     room = (1 - MARGIN) * cluster.hardware.memory_bytes
     share = math.ceil(global_batch / cluster.ranks)
     best: Recommendation | None = None
-    for recompute in (True, False):
-        held = dataclasses.replace(model, recompute=recompute)
-        for budget in sorted(budgets):
-            if budget < samples.longest:
-                continue
-            memory = run_memory(held, samples.largest_row(budget, share, model.items), zero, cluster.ranks)
-            if memory.device_bytes > room:
-                break
-            step = predict_step(held, zero, cluster, samples, global_batch, budget)
-            if best is None or step.tokens_per_s > WORTH * best.step.tokens_per_s:
-                best = Recommendation(stage, budget, recompute, memory, step, [])
+    tried: list[tuple[TunedModel, int, RunMemory]] = []
+    for budget in sorted(budgets):
+        if budget < samples.longest:
+            continue
+        row = samples.largest_row(budget, share, model.items)
+        fewest = fewest_recomputed(
+            model.architecture.layers,
+            lambda count, row=row: _memory(model, count, row, zero, cluster.ranks).device_bytes,
+            room,
+        )
+        if fewest is None:
+            break
+        for count in {model.architecture.layers, fewest}:
+            memory = _memory(model, count, row, zero, cluster.ranks)
+            if memory.device_bytes <= room:
+                tried.append((dataclasses.replace(model, recompute=count), budget, memory))
+    for held, budget, memory in sorted(tried, key=lambda one: (-one[0].recomputed, one[1])):
+        step = predict_step(held, zero, cluster, samples, global_batch, budget)
+        if best is None or step.tokens_per_s > WORTH * best.step.tokens_per_s:
+            best = Recommendation(stage, budget, held.recomputed, memory, step, [])
     return best
+
+
+def _memory(model: TunedModel, recompute: int, row: Work, zero: ZeroSettings, ranks: int) -> RunMemory:
+    return run_memory(dataclasses.replace(model, recompute=recompute), row, zero, ranks)
+
+
+def fewest_recomputed(layers: int, need: Callable[[int], int], room: float) -> int | None:
+    """The fewest layers whose recomputation makes a run fit; None where none does.
+
+    Args:
+        layers: of the model.
+        need: bytes on the device with so many layers recomputed.
+        room: bytes that may be used.
+    """
+    return next((count for count in range(layers + 1) if need(count) <= room), None)
 
 
 def _reasons(found: Recommendation, fitting: list[Recommendation], cluster: Cluster) -> list[str]:
@@ -119,8 +143,8 @@ def _reasons(found: Recommendation, fitting: list[Recommendation], cluster: Clus
         slower = first_partitioned.step.seconds / found.step.seconds - 1
         more = (first_partitioned.memory.device_bytes - found.memory.device_bytes) / 2**20
         beside = [f"measure ZeRO-1 too: at its best predicted {slower:+.1%} step time and {more:+.0f} MiB a GPU"]
-    held = "layers are recomputed" if found.recompute else "activations are kept"
-    why = "keeping them would not fit or not be faster" if found.recompute else "recomputing would be slower"
+    held = f"layers recomputed: {found.recompute}" if found.recompute else "activations are kept"
+    why = "fewer would not fit or not be faster" if found.recompute else "recomputing would be slower"
     return [
         first,
         *beside,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from llara_dist.config import RunConfig
 from llara_dist.cost.architecture import Architecture
+from llara_dist.model.recomputation import recomputed_layers
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TunedModel:
         bits: 4 = NF4 with double quantisation, 16 = bfloat16, 32 = float32.
         bfloat16: whether matrix products run in bfloat16, else float32.
         attention: packed, sdpa or eager, as in `model.attention`.
-        recompute: whether each layer's activations are recomputed in the backward pass.
+        recompute: layers whose activations are recomputed in the backward pass: true = all, or how many.
         last_layer: answers or all, as in `kernels.last_layer`; rows that are not packed compute all.
         lora: fused or peft, as `kernels.lora` comes to.
     """
@@ -41,7 +42,7 @@ class TunedModel:
     bits: Literal[4, 16, 32] = 4
     bfloat16: bool = True
     attention: Literal["packed", "sdpa", "eager"] = "packed"
-    recompute: bool = False
+    recompute: bool | int = False
     last_layer: Literal["answers", "all"] = "answers"
     lora: Literal["fused", "peft"] = "fused"
 
@@ -74,7 +75,7 @@ class TunedModel:
             bits=config.model.bits,
             bfloat16=bfloat16,
             attention=config.model.attention,
-            recompute=config.model.activation_checkpointing,
+            recompute=recomputed_layers(config.model.activation_checkpointing, architecture.layers),
             last_layer=config.kernels.last_layer,
             lora="peft" if config.kernels.lora == "peft" or zero_stage == 3 else "fused",
         )
@@ -83,6 +84,11 @@ class TunedModel:
     def answers_only(self) -> bool:
         """Whether the last layer computes only what answers need."""
         return self.attention == "packed" and self.last_layer == "answers"
+
+    @property
+    def recomputed(self) -> int:
+        """Layers that are recomputed, the first ones."""
+        return recomputed_layers(self.recompute, self.architecture.layers)
 
     @property
     def compute_bytes(self) -> int:

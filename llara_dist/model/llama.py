@@ -13,6 +13,7 @@ from llara_dist.config import LoraConfig, ModelConfig
 from llara_dist.errors import InputError
 from llara_dist.model import attention, nf4
 from llara_dist.model.four_bit import load_four_bit
+from llara_dist.model.recomputation import recompute_layers, recomputed_layers
 from llara_dist.model.weight_files import model_file, weight_file_names
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ def load_llama(config: ModelConfig, device: torch.device, place: bool = True) ->
         model = _load_whole(config, device if place else torch.device("cpu"))
     model.requires_grad_(False)
     model.config.use_cache = False
-    if config.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    recompute_layers(model, recomputed_layers(config.activation_checkpointing, architecture.num_hidden_layers))
     return model.eval()
 
 

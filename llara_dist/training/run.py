@@ -25,6 +25,7 @@ from llara_dist.training.checkpoints.writer import CheckpointWriter, SaveTimes
 from llara_dist.training.curriculum import Curriculum
 from llara_dist.training.engine import Engine
 from llara_dist.training.faults import Faults
+from llara_dist.training.fit_device import choose_recomputed
 from llara_dist.training.preflight.examine import Inputs
 from llara_dist.training.schedule import learning_rates
 from llara_dist.training.scores import ValidationScores, Validator
@@ -36,7 +37,7 @@ class Run:
     """What the loop works with.
 
     Attributes:
-        config: as given.
+        config: as given, with what `auto` came to.
         engine: the model under DeepSpeed.
         curriculum: p(τ) and the draws.
         loader: this rank's steps from `first_step` on.
@@ -133,6 +134,7 @@ def open_run(
     Raises:
         InputError: a weight does not load.
     """
+    config = choose_recomputed(config, inputs.shards, inputs.item_table.weight, inputs.ds_config, world, device)
     model = build_hybrid_llama(
         config.model,
         config.lora,

@@ -39,9 +39,11 @@ def tuned(**changes: Any) -> TunedModel:
     return TunedModel(architecture, ITEM_DIM, ITEMS, **settings)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", [False, 1, True], ids=["kept", "one recomputed", "recomputed"])
 @pytest.mark.parametrize("lora", ["fused", "peft"])
-def test_matrix_products_are_counted_exactly(folder: Path, recompute: bool, lora: Literal["fused", "peft"]) -> None:
+def test_matrix_products_are_counted_exactly(
+    folder: Path, recompute: bool | int, lora: Literal["fused", "peft"]
+) -> None:
     """To the last FLOP, with eager attention: the counter does not know the fused one on the CPU."""
     settings = {"bits": 32, "attention": "eager", "activation_checkpointing": recompute}
     model = build(folder, settings, LoraConfig(), KernelsConfig(lora=lora))
@@ -54,8 +56,9 @@ def test_matrix_products_are_counted_exactly(folder: Path, recompute: bool, lora
     attention = sum(count for op, count in counts.items() if op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert products + attention == expected.hardware
     # Eager attention multiplies whole T × T blocks.
-    passes = 4 if recompute else 3
-    assert attention == passes * 4 * SHAPE["num_hidden_layers"] * SHAPE["hidden_size"] * batch.num_tokens**2
+    layers = SHAPE["num_hidden_layers"]
+    passes = 3 * layers + (layers if recompute is True else recompute)
+    assert attention == passes * 4 * SHAPE["hidden_size"] * batch.num_tokens**2
     if not recompute:
         assert products == expected.model - expected.attention
 

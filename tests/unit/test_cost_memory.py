@@ -68,6 +68,8 @@ def saved_bytes(model: HybridLlama, batch: Batch) -> int:
         ({"bits": 4, "compute_dtype": "bfloat16"}, LoraConfig(dropout=0.0)),
         ({"bits": 4, "activation_checkpointing": True}, LoraConfig()),
         ({"bits": 4, "compute_dtype": "bfloat16", "activation_checkpointing": True}, LoraConfig()),
+        ({"bits": 4, "activation_checkpointing": 1}, LoraConfig()),
+        ({"bits": 4, "compute_dtype": "bfloat16", "activation_checkpointing": 2}, LoraConfig(dropout=0.0)),
         ({"bits": 4, "attention": "sdpa"}, LoraConfig()),
         ({"bits": 4, "attention": "eager"}, LoraConfig()),
         ({"bits": 32}, LoraConfig()),

@@ -26,8 +26,9 @@ from llara_dist.training.fit_device import DEBUG_BYTES, first_that_fits, fit_dev
 from tests.runs import ROOT, run_config
 
 SAMPLES = SampleSizes()
+LAYERS = 32
 LLAMA_2_7B = LlamaConfig(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS, num_attention_heads=32, vocab_size=32000
 )
 
 
@@ -49,22 +50,25 @@ def test_a_7b_model_on_movielens_fits_16_gib(stage: str) -> None:
     config = movielens(f"ds_configs/{stage}.json")
     room = int((1 - MARGIN) * DEBUG_BYTES)
     assert predict(config) > 16 * GIB  # else there would be nothing to show
-    chosen = first_that_fits(variants(config, SAMPLES.longest), predict, room)
+    chosen = first_that_fits(variants(config, SAMPLES.longest, LAYERS), predict, room)
     assert predict(chosen) <= room < 16 * GIB
-    # Nothing that changes a number is changed.
-    assert chosen == dataclasses.replace(config, model=ModelConfig(activation_checkpointing=True))
+    # Nothing that changes a number is changed, and no more layers are recomputed than must be.
+    layers = chosen.model.activation_checkpointing
+    assert chosen == dataclasses.replace(config, model=ModelConfig(activation_checkpointing=layers))
+    assert 0 < layers < LAYERS
+    assert predict(dataclasses.replace(config, model=ModelConfig(activation_checkpointing=layers - 1))) > room
 
 
 def test_less_memory_takes_smaller_microbatches_too() -> None:
     config = movielens("ds_configs/zero1.json")
-    chosen = first_that_fits(variants(config, SAMPLES.longest), predict, predict(config) // 4)
-    assert chosen.model.activation_checkpointing
+    chosen = first_that_fits(variants(config, SAMPLES.longest, LAYERS), predict, predict(config) // 4)
+    assert chosen.model.activation_checkpointing is True
     assert SAMPLES.longest <= chosen.data.max_tokens_per_microbatch < config.data.max_tokens_per_microbatch
-    least = first_that_fits(variants(config, SAMPLES.longest), predict, 0)
+    least = first_that_fits(variants(config, SAMPLES.longest, LAYERS), predict, 0)
     assert least.data.max_tokens_per_microbatch == SAMPLES.longest
-    budgets = [tried.data.max_tokens_per_microbatch for tried in variants(config, SAMPLES.longest)]
+    budgets = [tried.data.max_tokens_per_microbatch for tried in variants(config, SAMPLES.longest, LAYERS)]
     assert budgets == sorted(budgets, reverse=True)
-    assert {tried.data.max_tokens_per_microbatch for tried in variants(config, budgets[0])} == {budgets[0]}
+    assert {tried.data.max_tokens_per_microbatch for tried in variants(config, budgets[0], LAYERS)} == {budgets[0]}
 
 
 def test_on_the_cpu_nothing_is_changed(inputs: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def _compare(need: int, free: int, what: str, everywhere: bool) -> list[Finding]
         Finding(
             "memory",
             f"{what}: about {need / GIB:.1f} GiB needed, {max(0, free) / GIB:.1f} GiB free",
-            "lower data.max_tokens_per_microbatch, set model.activation_checkpointing, or shard over more ranks",
+            "lower data.max_tokens_per_microbatch, set model.activation_checkpointing=auto, or shard over more ranks",
             "error" if certain else "warning",
             everywhere,
         )

@@ -1,0 +1,88 @@
+"""Activation checkpointing of some layers: the same gradients, as many layers as memory asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from llara_dist.config import LoraConfig, ModelConfig, RunConfig
+from llara_dist.cost.memory import GIB
+from llara_dist.distributed import World
+from llara_dist.errors import InputError
+from llara_dist.training import fit_device as fitting
+from llara_dist.training.engine import seed_dropout
+from llara_dist.training.fit_device import choose_recomputed
+from llara_dist.training.preflight.examine import open_inputs
+from tests.models import build, packed_row, write_shape
+from tests.runs import run_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shape")
+    write_shape(path)
+    return path
+
+
+def gradients(folder: Path, recompute: bool | int) -> dict[str, torch.Tensor]:
+    model = build(folder, {"bits": 4, "activation_checkpointing": recompute}, LoraConfig(dropout=0.3))
+    # B starts at zero: A's gradients would be zero whatever dropout draws.
+    for name, parameter in model.lora_parameters().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    marked = [layer.gradient_checkpointing for layer in model.llm.base_model.model.model.layers]
+    count = len(marked) if recompute is True else int(recompute)
+    assert marked == [True] * count + [False] * (len(marked) - count)
+    seed_dropout(0, 0, 0, 0)
+    model(packed_row()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", [1, 2, True])
+def test_recomputing_some_layers_changes_no_gradient_under_dropout(folder: Path, recompute: bool | int) -> None:
+    expected, found = gradients(folder, False), gradients(folder, recompute)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+        assert bool(gradient.any()), name
+
+
+def test_more_layers_than_there_are_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"model.activation_checkpointing=4: the model has 3 layers"):
+        build(folder, {"bits": 32, "activation_checkpointing": 4}, LoraConfig())
+    with pytest.raises(InputError, match=r"model.activation_checkpointing=-1: must be"):
+        ModelConfig(activation_checkpointing=-1)
+
+
+def chosen(config: RunConfig) -> int:
+    world = World()
+    inputs = open_inputs(config, world)
+    weight = inputs.item_table.weight
+    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda")
+    found = choose_recomputed(config, inputs.shards, weight, inputs.ds_config, world, device)
+    assert dataclasses.replace(found, model=config.model) == config
+    count = found.model.activation_checkpointing
+    assert isinstance(count, int)
+    return count
+
+
+def test_auto_recomputes_as_few_layers_as_memory_asks_for(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(inputs, tmp_path / "run", max_tokens_per_microbatch=1 << 20, global_batch_samples=4096)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, activation_checkpointing="auto"))
+    assert chosen(config) == 0
+    assert "this is a CPU" in capsys.readouterr().out
+
+    monkeypatch.setattr(fitting, "free_device_bytes", lambda device: 64 * GIB)
+    monkeypatch.setattr(fitting, "compute_dtype", lambda model, device: torch.bfloat16)
+    counts = []
+    for target in (3.5, 2.4, 1.6):
+        held = dataclasses.replace(config, model=dataclasses.replace(config.model, memory_target_gib=target))
+        counts.append(chosen(held))
+        assert f"to stay under {target:.1f} GiB" in capsys.readouterr().out
+    print(counts)
+    assert counts == sorted(counts)
