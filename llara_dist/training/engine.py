@@ -14,12 +14,12 @@ from torch import Tensor
 
 from llara_dist import distributed
 from llara_dist.config import OptimizerConfig
-from llara_dist.ds_config import zero_stage
 from llara_dist.errors import InputError
 from llara_dist.hashing import hash64, text_seed
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.loader import Step
 from llara_dist.supervision.progress import Phase
+from llara_dist.training.clipping import Clipping
 from llara_dist.training.optimizer_state import forget_moments
 from llara_dist.training.phases import Phases
 
@@ -30,17 +30,23 @@ class StepResult:
 
     Attributes:
         loss: summed answer cross-entropy ÷ answer tokens of the global step, in nats; not finite only where skipped.
-        grad_norm: global gradient norm before clipping; None where the step was skipped.
+        norm: global gradient norm before clipping; a tensor where DeepSpeed alone knows it; None where the step was
+            skipped.
         skipped: whether loss or gradients were not finite, so that nothing was updated.
         votes: of each vote, whether any rank said yes.
         suspects: where skipped, the keys of the samples in whose micro-batches it began, of all ranks.
     """
 
     loss: float
-    grad_norm: float | None
+    norm: float | Tensor | None
     skipped: bool = False
     votes: tuple[bool, ...] = ()
     suspects: tuple[int, ...] = ()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The global gradient norm as a number: read from the device only here, for who logs it."""
+        return None if self.norm is None else float(self.norm)
 
 
 class Engine:
@@ -80,7 +86,7 @@ class Engine:
         ]
         self._decay = [group["weight_decay"] for group in groups]
         self.ds_config = ds_config
-        self._stage = zero_stage(ds_config)
+        self._clipping = Clipping(ds_config, optimizer.max_grad_norm, world.size)
         # Turns NaN for good, within a step, when a gradient that is not finite comes by; see `_watch_gradients`.
         self._gradient_check = torch.zeros((), dtype=torch.float32, device=device)
         self.phases = Phases(device)
@@ -99,7 +105,7 @@ class Engine:
                     **ds_config,
                     "train_micro_batch_size_per_gpu": 1,
                     "gradient_accumulation_steps": 1,
-                    "gradient_clipping": optimizer.max_grad_norm,
+                    **self._clipping.settings(ds_config),
                     "zero_allow_untested_optimizer": True,
                     "zero_force_ds_cpu_optimizer": False,
                 },
@@ -123,8 +129,9 @@ class Engine:
         A micro-batch's loss is its summed answer loss × world size ÷ answer tokens of the global step: DeepSpeed
         averages gradients over ranks, which cancels the world size.
 
-        Before the update the ranks agree, in one collective and one host synchronisation, on the loss, on whether every
-        gradient was finite, and on what is put to the vote. Where something was not finite nobody updates anything.
+        Before the update the ranks agree, in one collective and the step's one host synchronisation, on the loss, on
+        the gradients' norm, on whether every gradient was finite, and on what is put to the vote. Where something was
+        not finite nobody updates anything.
 
         Args:
             step: this rank's micro-batches; equally many on every rank.
@@ -140,8 +147,8 @@ class Engine:
         self.phases.begin()
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         trail: list[Tensor] = []
-        agreed, finite = [math.nan] * 2, False
-        norm: Tensor | float | None = None
+        agreed, finite = [math.nan] * 3, False
+        norm: float | Tensor | None = None
         last = len(step.microbatches) - 1
         for index, batch in enumerate(step.microbatches):
             keys = None if batch.is_empty else batch.keys
@@ -156,25 +163,28 @@ class Engine:
             if index < last:
                 self._engine.step()
                 continue
-            if self._stage == 0:  # the other stages report their own
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
             self.phases.enter(Phase.REDUCE, step.index, index, keys)
-            mine = [summed, self._gradient_check.double(), *(torch.full_like(summed, float(vote)) for vote in votes)]
+            gradients = self._clipping.gradients(self._optimizer, self.parameters.values())
+            square = self._clipping.squared_norm(gradients, self.device)
+            mine = [summed, self._gradient_check.double(), square]
+            mine += [torch.full_like(summed, float(vote)) for vote in votes]
             agreed = distributed.sum_tensor(torch.stack(mine)).tolist()
             self.phases.enter(Phase.STEP, step.index, index, keys)
             finite = math.isfinite(agreed[0] + agreed[1])
+            norm = math.sqrt(agreed[2]) if finite else math.nan
+            self._clipping.clip(gradients, norm)
             with contextlib.nullcontext() if finite else self._no_update():
                 self._engine.step()
         if projector_lr == 0:
             forget_moments(self._optimizer, self.model.projector_parameters())
         self.phases.leave()
-        if self._stage > 0:
+        if not self._clipping.is_ours:
             norm = self._engine.get_global_grad_norm()
         return StepResult(
             loss=agreed[0] / step.answer_tokens,
-            grad_norm=float(norm) if norm is not None and finite else None,
+            norm=norm if finite else None,
             skipped=not finite,
-            votes=tuple(count > 0 for count in agreed[2:]),
+            votes=tuple(count > 0 for count in agreed[3:]),
             suspects=() if finite else _suspects(step, trail),
         )
 
