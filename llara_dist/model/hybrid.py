@@ -13,6 +13,7 @@ from llara_dist.errors import InputError
 from llara_dist.model.attention import NAME as PACKED
 from llara_dist.model.fused_lora import fuse_lora
 from llara_dist.model.kernels import Kernels, choose_kernels
+from llara_dist.model.layers import arrange_layers
 from llara_dist.model.llama import attach_lora, compute_dtype, load_llama, read_llama_config
 from llara_dist.model.ops.projector import output_rms, write_reference
 from llara_dist.model.packing import AnswerRows, Packing
@@ -150,6 +151,7 @@ def build_hybrid_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = attach_lora(llm, lora, model.path)
+        arrange_layers(llm, chosen)
         made = Projector(item_table.shape[1], llm.config.hidden_size, projector.hidden_dim)
     if chosen.lora == "fused":
         fuse_lora(adapted)

@@ -62,6 +62,10 @@ def choose_kernels(
     Raises:
         InputError: what is asked for by name cannot run here.
     """
+    if config.compile and zero_stage == 3:
+        raise InputError(
+            "kernels.compile=true: ZeRO-3 gathers parameters in hooks that torch.compile cannot follow; use stage 0 to 2"
+        )
     chosen = {
         "attention": _attention(config.attention, device, dtype, head_dim, model_attention),
         "projector": _projector(config.projector, device, dtype, zero_stage),
@@ -135,4 +139,10 @@ def _lora(asked: str, device: torch.device, zero_stage: int) -> tuple[str, str]:
 
 
 def _layers(asked: str, device: torch.device) -> tuple[str, str]:
-    return "torch", ""
+    if asked == "torch":
+        return "torch", ""
+    lacks = "" if find_spec("liger_kernel") is not None else "liger_kernel is not installed"
+    lacks = lacks or ("" if device.type == "cuda" else "no GPU")
+    if lacks and asked == "liger":
+        raise InputError(f"kernels.layers=liger: {lacks}; use kernels.layers=auto")
+    return ("torch", lacks) if lacks else ("liger", "")

@@ -74,8 +74,11 @@ class WorldReplay:
         if self._model is None:
             config = self.config
             table = self.inputs.item_table.weight
+            # Gradients of one sample after the other go back through one graph, which Liger's SwiGLU overwrites and
+            # torch.compile frees.
+            kernels = dataclasses.replace(config.kernels, layers="torch", compile=False)
             self._model = build_hybrid_llama(
-                config.model, config.lora, config.projector, table, self.device, config.seed, kernels=config.kernels
+                config.model, config.lora, config.projector, table, self.device, config.seed, kernels=kernels
             )
             if self.inputs.checkpoint is not None:
                 load_parameters(self._model, self.inputs.checkpoint)

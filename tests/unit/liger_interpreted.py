@@ -1,0 +1,73 @@
+"""What a process with TRITON_INTERPRET=1 runs for test_layers.py: Liger's kernels beside transformers' own, on the CPU.
+
+It prints, for each way of holding the model, how far loss and gradients are apart, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from liger_kernel.ops import rms_norm
+from triton.runtime import interpreter
+
+from llara_dist.config import LoraConfig
+from llara_dist.model.layers import use_liger
+from llara_dist.stream.batch import Batch
+from llara_dist.training.engine import seed_dropout
+from tests.models import build, packed_row
+
+HELD: dict[str, dict[str, Any]] = {
+    "float32": {"bits": 32},
+    "nf4": {"bits": 4},
+    "nf4, recomputed": {"bits": 4, "activation_checkpointing": 1},
+}
+
+
+def mend_interpreter() -> None:
+    """What the interpreter of Triton 3.9 lacks: floats as tensors, which Liger casts, and libdevice's functions."""
+    rms_norm.rsqrt = lambda value: tl.rsqrt(value)  # looked up where the interpreter puts its own
+    convert = interpreter._implicit_cvt
+
+    def converted(value: Any) -> Any:
+        if not isinstance(value, float):
+            return convert(value)
+        return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = converted
+
+
+def gradients(folder: Path, held: dict[str, Any], batch: Batch, liger: bool) -> list[torch.Tensor]:
+    """The loss and every gradient of one pass, as float64."""
+    model = build(folder, held, LoraConfig(dropout=0.1))
+    if liger:
+        use_liger(model.llm.base_model.model)
+    for name, parameter in model.lora_parameters().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    seed_dropout(0, 0, 0, 0)
+    loss = model(batch)
+    loss.backward()
+    return [loss.detach().double(), *(p.grad.double() for p in model.parameters() if p.grad is not None)]
+
+
+def main(folder: Path) -> None:
+    """Compare."""
+    mend_interpreter()
+    batch = packed_row(2)
+    found = {}
+    for name, held in HELD.items():
+        plain, fused, again = (gradients(folder, held, batch, liger) for liger in (False, True, False))
+        assert all(map(torch.equal, plain, again))  # models that are made later are transformers' own
+        errors = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(plain, fused, strict=True)]
+        found[name] = {"errors": errors, "differs": not all(map(torch.equal, plain, fused))}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
