@@ -31,7 +31,11 @@ HELD: dict[str, dict[str, Any]] = {
 
 def mend_interpreter() -> None:
     """What the interpreter of Triton 3.9 lacks: floats as tensors, which Liger casts, and libdevice's functions."""
-    rms_norm.rsqrt = lambda value: tl.rsqrt(value)  # looked up where the interpreter puts its own
+
+    def rsqrt(value: Any) -> Any:
+        return tl.rsqrt(value)  # looked up where the interpreter puts its own
+
+    rms_norm.rsqrt = rsqrt
     convert = interpreter._implicit_cvt
 
     def converted(value: Any) -> Any:
