@@ -64,7 +64,7 @@ def choose_kernels(
     """
     if config.compile and zero_stage == 3:
         raise InputError(
-            "kernels.compile=true: ZeRO-3 gathers parameters in hooks that a compiled layer would skip; use stage 0 to 2"
+            "kernels.compile=true: ZeRO-3 gathers parameters in hooks that a compiled layer skips; use stage 0 to 2"
         )
     chosen = {
         "attention": _attention(config.attention, device, dtype, head_dim, model_attention),
