@@ -53,15 +53,16 @@ def use_liger(model: LlamaForCausalLM) -> None:
         _replace(norm, _rms_norm)
 
 
-def compile_layers(model: LlamaForCausalLM) -> None:
+def compile_layers(model: LlamaForCausalLM, backend: str = "inductor") -> None:
     """Let torch.compile make one graph a decoder layer, for any number of tokens; it does so at the first pass.
 
     Args:
         model: with adapters attached, and everything else that replaces a forward pass in place.
+        backend: of torch.compile; `aot_eager` traces as any does and generates no code.
     """
     loaded: Any = model
     for layer in loaded.model.layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def _replace(module: nn.Module, forward: Any) -> None:

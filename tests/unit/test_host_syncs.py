@@ -73,7 +73,9 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2"])
-def test_a_step_reads_the_device_once_and_a_microbatch_never(inputs: Path, tmp_path: Path, stage: str) -> None:
+def test_a_step_reads_the_device_once_and_a_microbatch_never(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     world = distributed.World()
     config = run_config(inputs, tmp_path / "run", stage, max_steps=2)
     config = dataclasses.replace(config, lora=LoraConfig(dropout=0.1))
@@ -86,11 +88,13 @@ def test_a_step_reads_the_device_once_and_a_microbatch_never(inputs: Path, tmp_p
         assert max(len(step.microbatches) for step in steps) > 1
         run.engine.train_step(steps[0], 1e-3, 1e-3)  # what is made once, e.g. AdamW's moments
 
-        def enter(phase: Phase, *_: Any) -> None:
-            reads.phase = phase
-
         enters = run.engine.phases.enter
-        run.engine.phases.enter = lambda phase, *rest: (enter(phase), enters(phase, *rest))[1]
+
+        def enter(phase: Phase, *rest: Any) -> None:
+            reads.phase = phase
+            enters(phase, *rest)
+
+        monkeypatch.setattr(run.engine.phases, "enter", enter)
         with reads.patched():
             result = run.engine.train_step(steps[1], 1e-3, 1e-3, votes=(False, True))
         assert reads.found == {(Phase.REDUCE, "ours tolist"): 1}
