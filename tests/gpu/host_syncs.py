@@ -20,7 +20,7 @@ from tests.runs import run_config
 
 
 def main(inputs: Path, out: Path, stage: str) -> None:
-    """Train three steps; in the last a synchronisation in a micro-batch is an error, and those around it are counted."""
+    """Train three steps; in the last a micro-batch that synchronises is an error, and the rest is counted."""
     world = distributed.World()
     config = dataclasses.replace(run_config(inputs, out, stage, max_steps=3), lora=LoraConfig(dropout=0.1))
     config = dataclasses.replace(config, device="cuda")

@@ -49,7 +49,7 @@ def furthest(values: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     "fast",
     [{"layers": "liger"}, {"compile": True}, {"layers": "liger", "compile": True}],
-    ids=lambda case: "+".join(case),
+    ids="+".join,
 )
 def test_fast_layers_round_no_worse_than_plain_ones(folder: Path, fast: dict[str, object], recompute: int) -> None:
     """In bfloat16 they may be at most twice as far from float32 as transformers' own layers are."""
