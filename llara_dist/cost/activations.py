@@ -40,8 +40,8 @@ class Activations:
         kept: what stays of the layers until their backward pass: of those that are recomputed their inputs.
         outside: saved beside the layers.
         total: saved by the whole forward pass.
-        workspace: beyond that at the peak: gradients in flight, a dequantised matrix, the head's logits and what the one
-            recomputed layer that is whole again needs beyond those that kept everything. A bound, not a count.
+        workspace: beyond that at the peak: gradients in flight, a dequantised matrix, the head's logits, and what the
+            one recomputed layer that is whole again needs beyond those that kept everything. A bound, not a count.
     """
 
     layer: int
