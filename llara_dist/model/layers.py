@@ -54,7 +54,9 @@ def use_liger(model: LlamaForCausalLM) -> None:
 
 
 def compile_layers(model: LlamaForCausalLM, backend: str = "inductor") -> None:
-    """Let torch.compile make one graph a decoder layer, for any number of tokens; it does so at the first pass.
+    """Let torch.compile compile decoder layers, for any number of tokens; it does so at the first pass.
+
+    Layers of a kind (recomputed, kept, the last) share their graphs. Attention is left out of them.
 
     Args:
         model: with adapters attached, and everything else that replaces a forward pass in place.
