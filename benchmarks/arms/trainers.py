@@ -1,0 +1,265 @@
+"""Peers that train text: transformers' Trainer, TRL, Unsloth and LLaMA-Factory, each as its users write it.
+
+None of them has behaviour tokens. They get the same prompts with a plain token in each slot: as many positions as our
+hybrid prompts, without the projector's work, which favours them. Labels are the answer's tokens alone. LoRA, optimizer,
+clipping and samples of a step are the same; their loaders make a step's batches before its time begins, ours within.
+Activations are not recomputed, unless the arm says so: their own default would be slower by a third.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms.setup import Setup, set_trained, text_loss, text_rows, trained
+from benchmarks.arms.turns import Turns
+from llara_dist.model.nf4 import silence_import
+
+
+class NotHere(Exception):
+    """A peer that this machine cannot run; says why."""
+
+
+class Counting:
+    """A collator that counts the positions and the tokens of the batches that it makes.
+
+    Args:
+        collate: the trainer's own.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+        self.positions = self.tokens = 0
+
+    def __call__(self, rows: Any) -> Any:
+        """Collate, and count."""
+        batch = self._collate(rows)
+        self.positions += batch["input_ids"].numel()
+        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        return batch
+
+
+def turn_callback(turns: Turns, counting: Counting) -> Any:
+    """A TrainerCallback that computes a step when it is this arm's turn."""
+    from transformers import TrainerCallback
+
+    class TakeTurns(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # Of the whole run so far: loaders make batches ahead.
+            turns.end(positions_so_far=counting.positions, tokens_so_far=counting.tokens)
+
+    return TakeTurns()
+
+
+def training_arguments(setup: Setup, rows: int) -> dict[str, Any]:
+    """Arguments that TrainingArguments and its descendants take; no logging, no checkpoints."""
+    rates = setup.optimizer
+    return {
+        "output_dir": setup.scratch,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": setup.global_batch // rows,
+        "max_steps": setup.steps,
+        "learning_rate": rates.lora_lr,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "max_grad_norm": rates.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": setup.device == "cuda",
+        "use_cpu": setup.device == "cpu",
+        "dataloader_num_workers": 2 if setup.device == "cuda" else 0,
+        "dataloader_pin_memory": setup.device == "cuda",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": setup.seed,
+    }
+
+
+def load_quantised(setup: Setup, recompute: bool, attention: str | None = None) -> Any:
+    """The NF4 base with float32 adapters, as PEFT's and transformers' documents tell."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    silence_import()
+    place = {"": setup.torch_device}
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    base: Any = AutoModelForCausalLM.from_pretrained(setup.model, dtype=setup.dtype, device_map=place, **chosen)
+    base.config.use_cache = False
+    prepared = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=recompute)
+    model = peft.get_peft_model(prepared, lora_config(setup)).train()
+    set_trained(trained(model))
+    return model
+
+
+def lora_config(setup: Setup) -> Any:
+    """The adapters of every arm."""
+    import peft
+
+    return peft.LoraConfig(
+        r=setup.lora.rank,
+        lora_alpha=int(setup.lora.alpha),
+        lora_dropout=setup.lora.dropout,
+        target_modules=list(setup.lora.targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_tokenizer(setup: Setup) -> Any:
+    """The model's tokenizer, padding with EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(setup.model)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def all_rows(setup: Setup) -> list[dict[str, list[int]]]:
+    """The rows of all steps, in the plan's order."""
+    return [row for step in setup.batches() for row in text_rows(step, slots=True)]
+
+
+def run_trainer(setup: Setup, turns: Turns, rows: int, grouped: bool = False, recompute: bool = False) -> None:
+    """transformers' Trainer over padded rows, in the plan's order or grouped by length."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    model = load_quantised(setup, recompute)
+    loss = text_loss(model, setup.checked(), setup)
+    sampling = "group_by_length" if grouped else "sequential"
+    collator = Counting(DataCollatorForSeq2Seq(load_tokenizer(setup), padding=True))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            **training_arguments(setup, rows), train_sampling_strategy=sampling, remove_unused_columns=False
+        ),
+        train_dataset=all_rows(setup),  # pyright: ignore[reportArgumentType]
+        data_collator=collator,
+        callbacks=[turn_callback(turns, collator)],
+    )
+    turns.ready(text_loss=loss, rows=rows)
+    trainer.train()
+
+
+def run_sft(setup: Setup, turns: Turns, rows: int) -> None:
+    """TRL's SFTTrainer, padding-free, with flash-attention where it is installed."""
+    require("trl", "datasets")
+    flash = setup.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    model = load_quantised(setup, recompute=False, attention="flash_attention_2" if flash else "sdpa")
+    loss = text_loss(model, setup.checked(), setup)
+    attention = "flash_attention_2" if flash else "sdpa with a mask over the whole row (no flash-attn)"
+    turns.ready(text_loss=loss, rows=rows, attention=attention)
+    train_sft(setup, turns, rows, model, load_tokenizer(setup))
+
+
+def run_unsloth(setup: Setup, turns: Turns, rows: int) -> None:
+    """Unsloth's FastLanguageModel under TRL's SFTTrainer, padding-free."""
+    require("unsloth", "trl", "datasets")
+    import unsloth  # pyright: ignore[reportMissingImports]
+
+    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+        setup.model, max_seq_length=1024, dtype=setup.dtype, load_in_4bit=True, local_files_only=True
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=setup.lora.rank,
+        lora_alpha=int(setup.lora.alpha),
+        lora_dropout=setup.lora.dropout,
+        target_modules=list(setup.lora.targets),
+        use_gradient_checkpointing=False,
+    )
+    set_trained(trained(model))
+    turns.ready(rows=rows)
+    train_sft(setup, turns, rows, model, tokenizer)
+
+
+def train_sft(setup: Setup, turns: Turns, rows: int, model: Any, tokenizer: Any) -> None:
+    """SFTTrainer over rows that are tokenised already, end to end in one row without padding."""
+    import datasets  # pyright: ignore[reportMissingImports]
+    import trl  # pyright: ignore[reportMissingImports]
+
+    arguments = trl.SFTConfig(
+        **training_arguments(setup, rows),
+        padding_free=True,
+        max_length=None,
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential",
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(all_rows(setup)),
+        processing_class=tokenizer,
+    )
+    trainer.data_collator = Counting(trainer.data_collator)
+    trainer.add_callback(turn_callback(turns, trainer.data_collator))
+    trainer.train()
+
+
+def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
+    """LLaMA-Factory's supervised fine-tuning, packed without contamination; it tokenises the prompts' text itself."""
+    require("llamafactory")
+    from llamafactory.train.tuner import run_exp  # pyright: ignore[reportMissingImports]
+    from transformers import AutoTokenizer, TrainerCallback
+
+    tokenizer = AutoTokenizer.from_pretrained(setup.model)
+    folder = Path(setup.scratch) / "llama_factory"
+    folder.mkdir()
+    records, tokens = [], 0
+    for step in setup.batches():
+        for sample in step:
+            prompt, answer = sample.tokens[1 : sample.answer_start], sample.tokens[sample.answer_start :]
+            texts = [tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in (prompt, answer)]
+            records.append({"instruction": texts[0], "input": "", "output": texts[1]})
+            tokens += sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    (folder / "rows.json").write_text(json.dumps(records))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+
+    class TakeTurns(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.end()
+
+    turns.ready(rows=rows, tokens_of_all_rows=tokens)
+    run_exp(
+        {
+            "model_name_or_path": setup.model,
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "lora_rank": setup.lora.rank,
+            "lora_alpha": int(setup.lora.alpha),
+            "lora_dropout": setup.lora.dropout,
+            "lora_target": ",".join(setup.lora.targets),
+            "dataset": "rows",
+            "dataset_dir": str(folder),
+            "template": "empty",
+            "cutoff_len": 1024,
+            "flash_attn": "fa2" if importlib.util.find_spec("flash_attn") is not None else "sdpa",
+            "disable_gradient_checkpointing": True,
+            "overwrite_output_dir": True,
+            **training_arguments(setup, rows),
+        },
+        callbacks=[TakeTurns()],
+    )
+
+
+def require(*packages: str) -> None:
+    """Every package is installed.
+
+    Raises:
+        NotHere: one is not.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotHere(f"not installed: {', '.join(missing)}")
