@@ -84,7 +84,7 @@ def main() -> None:
         arms.measure(names, options.ablate)
         result = {
             "what": "benchmarks/train_step.py",
-            "hardware": hardware(setup),
+            "hardware": hardware(setup.device, setup.threads),
             "versions": versions(options.peers),
             "load_average": os.getloadavg(),
             "model": {"shape": options.shape, "path": options.model},
@@ -355,13 +355,13 @@ def targets(rows: dict[str, Any], device: str) -> list[dict[str, Any]]:
     return found
 
 
-def hardware(setup: Setup) -> str:
+def hardware(device: str, threads: int) -> str:
     """What it ran on."""
-    if setup.device == "cuda":
+    if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
     told = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in told if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {os.cpu_count()} cores, {setup.threads} threads an arm"
+    return f"{name or platform.machine()}, {os.cpu_count()} cores, {threads} threads"
 
 
 def versions(peers: str | None) -> dict[str, str]:
