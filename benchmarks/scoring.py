@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="of the random Llama; 7b on a GPU, else small")
+    parser.add_argument("--inputs", type=Path, help="folder that benchmarks/arms/inputs.py made; else they are made")
     parser.add_argument("--rows", type=int, help="prompts scored at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="most positions of the other way's batch")
@@ -61,6 +62,7 @@ def main() -> None:
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = options.device == "cuda"
+    options.shape = None if options.inputs else options.shape or ("7b" if cuda else "small")
     rows = options.rows or (16 if cuda else 4)
     tokens = options.tokens or (16384 if cuda else 4096)
     torch.set_num_threads(options.threads)
@@ -72,7 +74,7 @@ def main() -> None:
             "hardware": hardware(options.device, options.threads),
             "versions": versions(None),
             "load_average": os.getloadavg(),
-            "shape": options.shape or ("7b" if cuda else "small"),
+            "model": {"shape": options.shape, "hidden_size": model.llm.config.hidden_size},
             "rows_at_once": rows,
             "candidates_a_row": len(batches[0][0].candidates),
             "tokens_of_a_prompt": round(statistics.mean(s.answer_start for batch in batches for s in batch), 1),
@@ -97,9 +99,11 @@ def prepare(
 ) -> tuple[HybridLlama, list[list[Sample]], list[np.ndarray]]:
     """A tuned model in evaluation mode, a batch of test rows for each round and one to warm up, answers by item."""
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
-    make_inputs(folder, users=max(300, 12 * rows * (options.rounds + 1)))
-    shape = options.shape or ("7b" if device.type == "cuda" else "small")
-    write_random_nf4(folder / "model", shape, folder / "tokenizer", device)
+    if options.inputs:
+        folder = options.inputs
+    else:
+        make_inputs(folder)
+        write_random_nf4(folder / "model", options.shape, folder / "tokenizer", device)
     model = build_hybrid_llama(
         ModelConfig(path=str(folder / "model"), bits=4),
         LoraConfig(),
@@ -110,7 +114,7 @@ def prepare(
     ).eval()
     set_trained([*model.lora_parameters().items(), *model.projector_parameters().items()])
     test = ShardSet.open(folder / "shards", "test")
-    samples = test.read(np.arange(rows * (options.rounds + 1)))
+    samples = test.read(np.arange(min(rows * (options.rounds + 1), len(test) // rows * rows)))
     titles = load_titles(folder / "data")
     answers = answer_tokens(load_tokenizer(folder / "tokenizer"), titles)
     return model, [samples[first : first + rows] for first in range(0, len(samples), rows)], answers

@@ -121,6 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shards", help="shards folder; with --recommender and --model")
     parser.add_argument("--recommender")
     parser.add_argument("--model", help="Llama folder; what is not quantised will be")
+    parser.add_argument("--inputs", type=Path, help="folder that benchmarks/arms/inputs.py made, instead of all three")
     parser.add_argument("--rounds", type=int, help="timed steps of each arm")
     parser.add_argument("--samples", type=int, help="of an optimizer step")
     parser.add_argument("--budget", type=int, help="most tokens of a packed row")
@@ -131,6 +132,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", help="interpreter of a virtual environment with TRL, Unsloth, LLaMA-Factory")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.inputs:
+        options.shards, options.recommender, options.model = (
+            str(options.inputs / name) for name in ("shards", "recommender", "model")
+        )
     given = [options.shards, options.recommender, options.model]
     if any(given) and not all(given):
         parser.error("give --shards, --recommender and --model together, or none of them")
@@ -140,7 +145,8 @@ def parse() -> argparse.Namespace:
     options.shape = None if options.model else options.shape or ("7b" if cuda else "small")
     options.rounds = options.rounds or (3 if options.quick else 5)
     options.samples = options.samples or ((64 if options.quick else 128) if cuda else (8 if options.quick else 16))
-    options.budget = options.budget or (8192 if cuda else 2048)
+    # As much as all arms can hold without recomputation; a packed row of a 7B model takes 7.5 GiB a thousand tokens.
+    options.budget = options.budget or (4096 if cuda else 2048)
     return options
 
 

@@ -1,7 +1,13 @@
-"""What the speed benchmarks run on: a synthetic world with MovieLens' lengths, and random NF4 Llamas of any shape."""
+"""What the speed benchmarks run on: a synthetic world with MovieLens' lengths, and random NF4 Llamas of any shape.
+
+    PYTHONPATH=. python benchmarks/arms/inputs.py --out FOLDER --shape 7b
+
+makes them once for several benchmarks, which take --inputs FOLDER.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -62,7 +68,19 @@ TITLE_VOCABULARY = 520
 """a small tokenizer cuts the synthetic titles of two words into as many tokens as Llama-2's cuts MovieLens' titles"""
 
 
-def make_inputs(folder: Path, users: int = 600) -> None:
+def main() -> None:
+    """Make everything in a new folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True)
+    make_inputs(options.out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_random_nf4(options.out / "model", options.shape, options.out / "tokenizer", device)
+
+
+def make_inputs(folder: Path, users: int = 1200) -> None:
     """Fill `folder` with data/, tokenizer/, recommender/ and shards/ through the package's own commands.
 
     The recommender keeps its random initial weights: speed does not depend on them.
@@ -133,3 +151,7 @@ def write_random_nf4(folder: Path, shape: str, tokenizer: Path, device: torch.de
     described = {**architecture.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
     write_json(folder / "config.json", {**described, "quantization_config": bits.to_dict()})
     tokens.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
