@@ -134,12 +134,13 @@ def write_random_nf4(folder: Path, shape: str, tokenizer: Path, device: torch.de
     folder.mkdir(parents=True)
     shards = ShardWriter(folder, 2 << 30)
     generator = torch.Generator(device).manual_seed(0)
+    spread = 1.28 * sizes["hidden_size"] ** -0.5  # 0.02 at 7B's width; products as large, and losses as telling, at any
     for name, parameter in skeleton(architecture, bits, dtype).named_parameters():
         if name.endswith("norm.weight"):
             shards.add({name: torch.ones(parameter.shape, dtype=dtype)})
             continue
         linear = isinstance(parameter, bitsandbytes.nn.Params4bit)
-        values = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        values = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, spread, generator=generator)
         if not linear:
             shards.add({name: values.cpu()})
             continue
