@@ -48,19 +48,23 @@ step() {
     printf '%-14s %4d s  %s\n' "$name" $((SECONDS - begun)) "$said" | tee -a "$summary"
 }
 
-# kernel NAME LIMIT: a kernel's own benchmark, where there is one.
+# kernel NAME LIMIT [ARGUMENT...]: a kernel's own benchmark, where there is one.
 kernel() {
-    if [ -f "benchmarks/$1.py" ]; then
-        step "$1" "$2" "$python" "benchmarks/$1.py" --out "$out/$1.json"
+    local name=$1 limit=$2
+    shift 2
+    if [ -f "benchmarks/$name.py" ]; then
+        step "$name" "$limit" "$python" "benchmarks/$name.py" --out "$out/$name.json" "$@"
     else
-        echo "$1: benchmarks/$1.py does not exist" | tee -a "$log" "$summary"
+        echo "$name: benchmarks/$name.py does not exist" | tee -a "$log" "$summary"
     fi
 }
 
 if [ -n "$dry" ]; then
     shape=tiny sizes=(--samples 4 --rounds 1 --budget 1024) scored=(--rows 2 --rounds 1) batch=4 budget=1024
+    projector=(--device cpu --items 32 --width 128 --tokens 256 --rounds 2) lora=(--repeats 2)
 else
     shape=7b sizes=(--quick) scored=(--rows 16 --rounds 4) batch=32 budget=4096
+    projector=() lora=()
 fi
 peers=()
 [ -n "${PEERS:-}" ] && peers=(--peers "$PEERS")
@@ -75,8 +79,8 @@ step tests 100 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider      
 step train 60 "$python" launch/train.py --model.path "$work/inputs/model" --data.shards "$work/inputs/shards" \
     --recommender.path "$work/inputs/recommender" --out "$work/run" --data.max_steps 2 --data.workers 0 \
     --data.global_batch_samples "$batch" --data.max_tokens_per_microbatch "$budget"                                   # 40
-kernel projector 60                                                                                                   # 30
-kernel lora 60                                                                                                        # 30
+kernel projector 60 "${projector[@]}"                                                                                 # 30
+kernel lora 60 "${lora[@]}"                                                                                           # 30
 step scoring 60 "$python" benchmarks/scoring.py --inputs "$work/inputs" "${scored[@]}" --out "$out/scoring.json"      # 40
 step train_step 240 "$python" benchmarks/train_step.py --inputs "$work/inputs" "${sizes[@]}" "${peers[@]}" \
     --out "$out/train_step.json"                                                                                     # 200

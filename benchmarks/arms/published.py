@@ -96,7 +96,7 @@ def load(setup: Setup) -> PublishedLlara:
     silence_import()
     place = {"": setup.torch_device}
     quantised: Any = AutoModelForCausalLM.from_pretrained(setup.model, dtype=setup.dtype, device_map=place)
-    base = quantised.dequantize(setup.dtype).requires_grad_(False)
+    base = quantised.dequantize().requires_grad_(False)
     lora = peft.LoraConfig(
         r=setup.lora.rank,
         lora_alpha=int(setup.lora.alpha),

@@ -159,7 +159,7 @@ def run_sft(setup: Setup, turns: Turns, rows: int) -> None:
 
 
 def run_unsloth(setup: Setup, turns: Turns, rows: int) -> None:
-    """Unsloth's FastLanguageModel under TRL's SFTTrainer, padding-free."""
+    """Unsloth's FastLanguageModel under TRL's SFTTrainer, which it patches; padding-free where it agrees to that."""
     require("unsloth", "trl", "datasets")
     import unsloth  # pyright: ignore[reportMissingImports]
 

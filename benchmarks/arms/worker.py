@@ -20,7 +20,7 @@ PUBLISHED = "published method"
 TRAINER = "HF Trainer"
 GROUPED = "HF Trainer, grouped by length"
 SFT = "TRL, padding-free"
-UNSLOTH = "Unsloth, padding-free"
+UNSLOTH = "Unsloth"
 LLAMA_FACTORY = "LLaMA-Factory"
 SMALLEST_BUDGET = 1024
 """tokens of a packed row that hold any sample"""
