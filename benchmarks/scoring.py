@@ -134,22 +134,31 @@ def measure(model: HybridLlama, batches: list[list[Sample]], answers: list[np.nd
         "separate_sequences": lambda samples: separate_sequences(model, samples, answers, tokens),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     worst = 0.0
     for turn, samples in enumerate(batches):
         found = {}
         for name in sorted(ways, reverse=turn % 2 == 1):
-            begun = time.perf_counter()
+            begun, begun_cpu = time.perf_counter(), time.process_time()
             found[name] = ways[name](samples)  # ends with a copy to the host, so a GPU has been waited for
             if turn:
                 seconds[name].append((time.perf_counter() - begun) / len(samples))
+                cpu[name].append((time.process_time() - begun_cpu) / len(samples))
         worst = max(worst, float(np.abs(found["shared_prompt"] - found["separate_sequences"]).max()))
         say(f"round {turn}: largest difference so far {worst:.1e} nats")
-    pairs = zip(seconds["separate_sequences"], seconds["shared_prompt"], strict=True)
     return {
         "seconds_a_row": {name: spread(values) for name, values in seconds.items()},
-        "ours_is_faster_by": spread([theirs / ours for theirs, ours in pairs]),
+        "cpu_seconds_a_row": {name: spread(values) for name, values in cpu.items()},
+        "ours_is_faster_by": ratios(seconds),
+        "ours_takes_less_cpu_by": ratios(cpu),
         "largest_difference_nats": worst,
     }
+
+
+def ratios(taken: dict[str, list[float]]) -> dict[str, float]:
+    """The other way's over ours, within each round."""
+    pairs = zip(taken["separate_sequences"], taken["shared_prompt"], strict=True)
+    return spread([theirs / ours for theirs, ours in pairs])
 
 
 def shared_prompt(model: HybridLlama, samples: list[Sample], answers: list[np.ndarray]) -> np.ndarray:

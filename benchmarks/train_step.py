@@ -18,7 +18,8 @@ text trainers on the same text-only samples, dropout off and all adapters at the
 
 Each arm is a process of its own. On the CPU they take turns, step by step, in an order that rotates; on a GPU, which
 holds one 7B model's step at a time, each computes all its steps in turn. Medians over the rounds; a ratio is the median
-of the rounds' ratios. Without --shards the inputs are a synthetic world with MovieLens' lengths and a Llama with random
+of the rounds' ratios. Other work on a CPU's cores distorts wall time; the result has CPU seconds beside it, which it
+distorts less. Without --shards the inputs are a synthetic world with MovieLens' lengths and a Llama with random
 NF4 weights (Llama-2-7B's shape on a GPU).
 
 MFU counts what the mathematics of a step needs (llara_dist/cost/flops.py: about 4 N FLOPs a token, no recomputation, no
@@ -36,7 +37,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,7 @@ def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
     model = TunedModel.of(config, architecture, (items.num_items, items.dim), setup.device == "cuda")
     flops = [step_flops(model, step).model for step in work[1:]]
     matrix = statistics.median(step["flops_per_second"] for step in arms.steps[MATRIX])
-    ours = [step["seconds"] for step in arms.steps[OURS]]
+    ours, ours_cpu = ([step[kind] for step in arms.steps[OURS]] for kind in ("seconds", "cpu_seconds"))
     rows: dict[str, Any] = {}
     for name, steps in arms.steps.items():
         if name == MATRIX:
@@ -314,15 +314,16 @@ def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
         if name in arms.reasons or not steps:
             rows[name] = {"does_not_run_here": arms.reasons.get(name, "no step was timed")}
             continue
-        seconds = [step["seconds"] for step in steps]
+        seconds, cpu = ([step[kind] for step in steps] for kind in ("seconds", "cpu_seconds"))
         rows[name] = {
             "samples_per_second": spread([setup.global_batch / value for value in seconds]),
             "tokens_per_second": spread([step.tokens / value for step, value in zip(work[1:], seconds, strict=True)]),
             "padded_share": padded_share(steps),
             "peak_bytes": max(step["peak_bytes"] for step in steps),
-            "cpu_seconds_a_step": round(statistics.median(step["cpu_seconds"] for step in steps), 3),
+            "cpu_seconds_a_step": spread(cpu),
             "mfu": spread([count / value / matrix for count, value in zip(flops, seconds, strict=True)]),
             "ours_is_faster_by": spread([value / mine for value, mine in zip(seconds, ours, strict=True)]),
+            "ours_takes_less_cpu_by": spread([value / mine for value, mine in zip(cpu, ours_cpu, strict=True)]),
             **{k: v for k, v in arms.facts[name].items() if not k.endswith("_loss") and not k.startswith("kernels")},
         }
     return {
@@ -343,8 +344,8 @@ def padded_share(steps: list[dict[str, Any]]) -> float | None:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and range, to four significant digits."""
-    short: Callable[[float], float] = lambda value: float(f"{value:.4g}")  # noqa: E731
-    return {"median": short(statistics.median(values)), "min": short(min(values)), "max": short(max(values))}
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def targets(rows: dict[str, Any], device: str) -> list[dict[str, Any]]:

@@ -118,7 +118,10 @@ class Worker:
 
     def stop(self) -> None:
         """No more steps; wait for its end, or end it: peers may leave threads running."""
-        self._process.communicate() if self._process.poll() is None and self.reason == "" else self._process.kill()
+        if self.reason:
+            self._process.kill()
+        else:
+            self._process.communicate()
         self._process.wait()
 
     def _hear(self, kind: str) -> Any:
