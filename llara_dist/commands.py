@@ -103,6 +103,12 @@ COMMANDS = {
         "llara-dist preflight --config launch/configs/movielens.yaml --model.path llm --data.shards "
         "shards/out/movielens --recommender.path recommenders/sasrec --out runs/movielens --ranks 8",
     ),
+    "tune": Command(
+        "llara_dist.autotune.command:tune",
+        "the token budget and kernels that are fastest on this machine, measured in two minutes, as a further --config",
+        "llara-dist tune --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
+        "--recommender.path recommenders/sasrec --out tuned.yaml",
+    ),
     "train": Command(
         "llara_dist.tuning:train",
         "tune LoRA and projector with the curriculum; the same code runs under deepspeed, torchrun and srun",

@@ -1,0 +1,57 @@
+"""The file that a search leaves: settings of a run, under comments that say how they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llara_dist.autotune.search import RECOMPUTE, Found, Trial
+
+GIB = 2**30
+
+
+def settings_found(found: Found) -> dict[str, Any]:
+    """What a run is to be given, nested as in its YAML: the budget, and of the rest only what was timed."""
+    best = found.best
+    settings: dict[str, Any] = {"data": {"max_tokens_per_microbatch": best.tokens}}
+    if RECOMPUTE in found.settled:
+        settings["model"] = {RECOMPUTE: best.recompute}
+    kernels = {name: best.value(name) for name in vars(best.kernels) if name in found.settled}
+    if kernels:
+        settings["kernels"] = kernels
+    return settings
+
+
+COLUMNS = ["tried", "tokens", "tokens/s", "to the start", "memory, GiB", "verdict"]
+
+
+def row(trial: Trial) -> list[str]:
+    """A trial as a line of a table."""
+    return [
+        trial.what,
+        str(trial.tokens),
+        "" if trial.tokens_per_s is None else f"{trial.tokens_per_s:,.0f}",
+        "" if trial.ratio is None else f"{trial.ratio:.3f}",
+        "" if trial.peak_bytes is None else f"{trial.peak_bytes / GIB:.2f}",
+        trial.verdict,
+    ]
+
+
+def file_text(found: Found, machine: dict[str, str], notes: Iterable[str]) -> str:
+    """The YAML file's text.
+
+    Args:
+        found: what the search came to.
+        machine: what was measured on, by name.
+        notes: more to know, a line each.
+    """
+    import yaml
+
+    lines = ["Made by `llara-dist tune`, for this machine, model and data; give it to `train` as a further --config."]
+    lines += [f"{name}: {value}" for name, value in machine.items()]
+    lines += ["", " | ".join(COLUMNS)]
+    lines += [" | ".join(cell or "-" for cell in row(trial)) for trial in found.trials]
+    lines += [f"{what} | not tried, the time was up" for what in found.untried]
+    lines += ["", *notes]
+    comments = "\n".join(f"# {' '.join(line.split())}".rstrip() for line in lines)
+    return f"{comments}\n{yaml.safe_dump(settings_found(found), sort_keys=False)}"
