@@ -50,9 +50,13 @@ class Clock:
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, self.left())
+        started = time.monotonic()
+        earlier, interval = signal.setitimer(signal.ITIMER_REAL, self.left())
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            if earlier:  # somebody else's timer goes on
+                passed = time.monotonic() - started
+                signal.setitimer(signal.ITIMER_REAL, max(earlier - passed, 1e-3), interval)

@@ -56,8 +56,9 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     clock = Clock(seconds - WRITING_S)
     out = config.out
     _check(out, ranks, seconds, overwrite)
-    # The run's folder is not ours to look at, nor its trackers.
-    config = dataclasses.replace(config, resume="no", tracking=TrackingConfig(tensorboard=False))
+    # Neither the run's folder nor its trackers are looked at.
+    nowhere = out.with_name(f".{out.name}.tuning")
+    config = dataclasses.replace(config, out=nowhere, resume="no", tracking=TrackingConfig(tensorboard=False))
     fitted = fit_device(config)
     inputs = _opened(fitted)
     data = fitted.data

@@ -71,6 +71,7 @@ class ModelBench:
         self._model_bytes: dict[Setting, int] = {}
         self._rows: dict[int, list[Batch]] = {}
         self._peaks: dict[Setting, int] = {}
+        self._alone: dict[Setting, bool] = {}
         self._window_rows: dict[Setting, int] = {}
         self._reference: tuple[float, dict[str, Tensor]] | None = None
         self._window_s = window_s
@@ -158,13 +159,19 @@ class ModelBench:
         if self._device.type == "cpu":
             self._peaks[setting] = self.predicted_bytes(setting)
             return self.is_predicted_to_fit(setting)
+        others = [self._model_bytes[variant] for variant in self._models if variant != setting.variant]
+        if not others and setting in self._alone:
+            return self._alone[setting]
         try:
-            self._peaks[setting] = self._attempt(lambda: self._peak_of_row(setting)) + self._held_in_training()
+            needed = self._attempt(lambda: self._peak_of_row(setting)) + self._held_in_training()
         except DoesNotFitError:
-            return False
-        others = sum(self._model_bytes[variant] for variant in self._models if variant != setting.variant)
-        self._peaks[setting] -= others
-        return self._peaks[setting] + others <= self._room
+            is_held = False
+        else:
+            self._peaks[setting] = needed - sum(others)
+            is_held = needed <= self._room
+        if not others:
+            self._alone[setting] = is_held
+        return is_held
 
     def speed(self, setting: Setting) -> float:
         """Tokens per second of one window: the rows of a step, over and over, as many as take a window's time."""
@@ -193,8 +200,8 @@ class ModelBench:
         return self._peaks.get(setting)
 
     def seconds_of_trial(self) -> float:
-        """The longest loading so far, and 16 of the longest window: checks, and up to six pairs of windows."""
-        return self._load_s + 16 * self._trial_s
+        """The longest loading so far, and 20 of the longest window: the checks, and up to seven pairs of windows."""
+        return self._load_s + 20 * self._trial_s
 
     # -- how ----------------------------------------------------------------------------------------------------------
 

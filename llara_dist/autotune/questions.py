@@ -29,7 +29,9 @@ def start_of(config: RunConfig, device: torch.device, dtype: torch.dtype, stage:
         InputError: a kernel that the run names cannot run here.
     """
     chosen = by_name(choose_kernels(config.kernels, device, dtype, stage))
-    return Setting(config.data.max_tokens_per_microbatch, config.model.activation_checkpointing, chosen)
+    # On a GPU `fit_device` has decided what auto is; on the CPU it is none.
+    recompute = config.model.activation_checkpointing
+    return Setting(config.data.max_tokens_per_microbatch, False if recompute == "auto" else recompute, chosen)
 
 
 def by_name(chosen: Kernels) -> KernelsConfig:

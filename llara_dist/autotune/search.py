@@ -1,17 +1,17 @@
 """Which settings are tried, in which order, and which are kept: decides, measures nothing itself.
 
-First the token budget: the largest row that fits, then from the run's own budget to larger ones while each is faster,
-else to smaller ones. Then one setting at a time against the best so far (coordinate search). Last the budget again,
-where settings have changed.
+First the token budget: the largest row that fits, then the fastest of those up to it. Then one setting at a time
+against the best so far (coordinate search). Last the budget again, where settings have changed.
 
-Two settings are timed in turn, window by window, so that what slows the machine down slows both; the median of the
-windows' ratios must exceed `WORTH` for the new one to be kept. A setting whose results differ is refused first.
+Two settings are timed in turn, window by window, so that what slows the machine down slows both. The new one is kept
+where the median of the windows' ratios exceeds `WORTH` and all of them but one exceed 1 (a sign test: of two equal
+settings, one in sixteen passes that, and few of those the first). A setting whose results differ is refused before.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -21,8 +21,10 @@ from llara_dist.config import KernelsConfig
 
 WORTH = 1.03
 """a setting must be so much faster than the best so far to replace it; a tie keeps what there was"""
-ROUNDS = 5
-"""pairs of windows at most; three that agree are enough"""
+ROUNDS = 7
+"""pairs of windows at most; fewer where the outcome is clear"""
+CLEAR = 4
+"""pairs that are enough where all of them exceed `WORTH`"""
 GRAIN = 256
 """tokens: budgets are found to a multiple of it"""
 COMPILE_S = 40.0
@@ -42,7 +44,7 @@ class Setting:
     """
 
     tokens: int
-    recompute: bool | int | str
+    recompute: bool | int
     kernels: KernelsConfig
 
     def value(self, name: str) -> Any:
@@ -193,9 +195,8 @@ def search(
                 if found.best.value(question.name) == value:
                     pending.pop(0)
                     continue
-                if left() < bench.seconds_of_trial() + (
-                    COMPILE_S if (question.name, value) == ("compile", True) else 0
-                ):
+                compiling = COMPILE_S if (question.name, value) == ("compile", True) else 0.0
+                if left() < bench.seconds_of_trial() + compiling:
                     found.untried.append(pending.pop(0))
                     continue
                 _try(bench, found, question.name, value, low)
@@ -266,7 +267,7 @@ def largest_that_fits(fits: Callable[[int], bool], low: int, high: int, guess: i
             tried = max(tried // 2, low)
     while good and bad <= high and bad - good > max(GRAIN, good // 8):
         middle = (good + bad) // 2
-        middle = max(middle - middle % GRAIN, good + 1)
+        middle = middle - middle % GRAIN if middle - middle % GRAIN > good else middle
         if fits(middle):
             good = middle
         else:
@@ -281,22 +282,24 @@ def budgets(low: int, largest: int, own: int) -> list[int]:
 
 
 def _tune_budget(bench: Bench, found: Found, low: int, largest: int) -> None:
-    """Larger budgets while each is worth it, else smaller ones."""
-    candidates = budgets(low, largest, found.best.tokens)
-    here = candidates.index(min(found.best.tokens, largest))
-    upwards, downwards = candidates[here + 1 :], candidates[:here][::-1]
-    for direction in (upwards, downwards):
-        before = found.best
-        for tokens in direction:
-            challenger = found.best.of_tokens(tokens)
-            if not bench.fits(challenger):
-                break
-            ratio = _duel(bench, found, found.best, challenger, BUDGET)
-            if ratio <= WORTH:
-                break
-            found.best, found.ratio = challenger, found.ratio * ratio
-        if found.best != before:
-            return
+    """Time a window of each budget; what seems fastest must then win against the one that there is."""
+    champion = found.best
+    here = min(champion.tokens, largest)
+    rates: dict[int, float] = {}
+    for tokens in budgets(low, largest, champion.tokens):
+        setting = champion.of_tokens(tokens)
+        if tokens != here and not bench.fits(setting):
+            continue
+        bench.speed(setting)  # what is slow the first time, is not counted
+        rates[tokens] = bench.speed(setting)
+    for tokens, rate in rates.items():
+        ratio, peak = found.ratio * rate / rates[here], bench.peak_bytes(champion.of_tokens(tokens))
+        found.trials.append(Trial(BUDGET, tokens, rate, ratio, peak, "one window"))
+    fastest = champion.of_tokens(max(rates, key=lambda tokens: rates[tokens]))
+    if fastest.tokens != here:
+        seen = _duel(bench, found, champion, fastest, BUDGET)
+        if seen.is_worth_it:
+            found.best, found.ratio = fastest, found.ratio * seen.ratio
 
 
 def _try(bench: Bench, found: Found, name: str, value: Any, low: int) -> None:
@@ -316,20 +319,19 @@ def _try(bench: Bench, found: Found, name: str, value: Any, low: int) -> None:
             note(f"refused: {difference}")
             return
         tokens = champion.tokens
-        while tokens >= low and not bench.fits(challenger.of_tokens(tokens)):
-            tokens //= 2
-        if tokens < low:
-            note("not timed: memory does not hold it beside the best so far")
-            return
-        ratio = _duel(bench, found, champion.of_tokens(tokens), challenger.of_tokens(tokens), what)
+        while not all(bench.fits(setting.of_tokens(tokens)) for setting in (champion, challenger)):
+            if tokens <= low:
+                raise DoesNotFitError
+            tokens = max(tokens // 2, low)
+        seen = _duel(bench, found, champion.of_tokens(tokens), challenger.of_tokens(tokens), what)
         found.settled.add(name)
-        if ratio > WORTH:
+        if seen.is_worth_it:
             bench.release(champion)
             if not bench.fits(challenger):
                 held = largest_that_fits(_fits_with(bench, challenger), low, champion.tokens, tokens)
                 challenger = challenger.of_tokens(held)
             if challenger.tokens:
-                found.best, found.ratio = challenger, found.ratio * ratio
+                found.best, found.ratio = challenger, found.ratio * seen.ratio
     except DoesNotFitError:
         note("not timed: memory does not hold it beside the best so far")
     except Exception as error:  # whatever a package does, the search goes on without it
@@ -345,35 +347,61 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _duel(bench: Bench, found: Found, champion: Setting, challenger: Setting, what: str) -> float:
-    """The speed of a challenger to the champion's, each with the budget it is timed with; notes the trial."""
-    ratio, speed = compare(bench.speed, champion, challenger)
-    verdict = "kept" if ratio > WORTH else "slower" if ratio * WORTH < 1 else "not kept: a tie within the noise"
+def _duel(bench: Bench, found: Found, champion: Setting, challenger: Setting, what: str) -> Comparison:
+    """Time a challenger against the champion, each with its own budget, and note the trial."""
+    seen = compare(bench.speed, champion, challenger)
+    verdict = "kept" if seen.is_worth_it else "slower" if seen.ratio * WORTH < 1 else "not kept: a tie, or noise"
     peak = bench.peak_bytes(challenger)
-    found.trials.append(Trial(what, challenger.tokens, speed, found.ratio * ratio, peak, verdict))
-    return ratio
+    found.trials.append(Trial(what, challenger.tokens, seen.speed, found.ratio * seen.ratio, peak, verdict))
+    return seen
 
 
-def compare(speed: Callable[[Setting], float], best: Setting, challenger: Setting) -> tuple[float, float]:
-    """Speed of one setting to that of another, windows of both in turn.
+@dataclass(frozen=True)
+class Comparison:
+    """What pairs of windows showed.
+
+    Attributes:
+        ratios: speed of the challenger to the champion's, pair by pair.
+        speed: the challenger's in its median window.
+    """
+
+    ratios: tuple[float, ...]
+    speed: float
+
+    @property
+    def ratio(self) -> float:
+        """Of the median pair."""
+        return median(self.ratios)
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the challenger is faster, beyond noise and by more than a tie."""
+        return self.ratio > WORTH and sum(ratio <= 1.0 for ratio in self.ratios) <= 1
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether more pairs would not change the outcome, or hardly."""
+        is_lost = sum(ratio <= 1.0 for ratio in self.ratios) > 1
+        return is_lost or (len(self.ratios) >= CLEAR and min(self.ratios) > WORTH)
+
+
+def compare(speed: Callable[[Setting], float], champion: Setting, challenger: Setting) -> Comparison:
+    """Time two settings in turn.
 
     Args:
-        speed: times one window.
-        best: what there is.
+        speed: of one window of a setting, tokens per second.
+        champion: what there is.
         challenger: what may replace it.
-
-    Returns:
-        The median ratio, and the challenger's median speed.
     """
-    speed(best)
+    speed(champion)
     speed(challenger)  # what is slow the first time, is not counted
-    ratios: list[float] = []
+    ratios: tuple[float, ...] = ()
     own: list[float] = []
     for turn in range(ROUNDS):
-        order: Iterable[Setting] = (best, challenger) if turn % 2 == 0 else (challenger, best)
+        order = (champion, challenger) if turn % 2 == 0 else (challenger, champion)
         seen = {setting: speed(setting) for setting in order}
-        ratios.append(seen[challenger] / seen[best])
         own.append(seen[challenger])
-        if len(ratios) >= 3 and len({ratio > WORTH for ratio in ratios}) == 1:
+        ratios = (*ratios, seen[challenger] / seen[champion])
+        if len(ratios) > 2 and Comparison(ratios, 0.0).is_clear:
             break
-    return median(ratios), median(own)
+    return Comparison(ratios, median(own))
