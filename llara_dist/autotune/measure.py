@@ -120,6 +120,10 @@ class ModelBench:
         """Whether the cost model says that the memory which is there suffices."""
         return self.predicted_bytes(setting) <= self._room
 
+    def model(self, setting: Setting) -> HybridLlama:
+        """The model of a setting, which `prepare` has loaded."""
+        return self._models[setting.variant]
+
     # -- Bench --------------------------------------------------------------------------------------------------------
 
     def prepare(self, setting: Setting) -> None:
@@ -146,7 +150,7 @@ class ModelBench:
 
     def difference(self, setting: Setting) -> str:
         """How loss and gradient without dropout differ from those of the first setting that was asked for."""
-        loss, gradients = self._attempt(lambda: self._loss_and_gradients(self._model(setting)))
+        loss, gradients = self._attempt(lambda: self._loss_and_gradients(self.model(setting)))
         if self._reference is None:
             self._reference = loss, gradients
         return describe_difference(self._reference, (loss, gradients), self._dtype)
@@ -175,7 +179,7 @@ class ModelBench:
 
     def speed(self, setting: Setting) -> float:
         """Tokens per second of one window: the rows of a step, over and over, as many as take a window's time."""
-        rows, model = self._step_rows(setting.tokens), self._model(setting)
+        rows, model = self._step_rows(setting.tokens), self.model(setting)
         window_rows = [rows[place % len(rows)] for place in range(self._window_rows.get(setting, 1))]
 
         def window() -> float:
@@ -204,9 +208,6 @@ class ModelBench:
         return self._load_s + 20 * self._trial_s
 
     # -- how ----------------------------------------------------------------------------------------------------------
-
-    def _model(self, setting: Setting) -> HybridLlama:
-        return self._models[setting.variant]
 
     def _load(self, setting: Setting) -> HybridLlama:
         config = self._config
@@ -253,7 +254,7 @@ class ModelBench:
 
     def _peak_of_row(self, setting: Setting) -> int:
         """Allocated bytes at the peak of two rows, the second with the gradients of the first."""
-        model, row = self._model(setting), self._largest_row(setting.tokens)
+        model, row = self.model(setting), self._largest_row(setting.tokens)
         self._free()
         torch.cuda.reset_peak_memory_stats(self._device)
         for _ in range(2):

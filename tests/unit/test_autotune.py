@@ -1,4 +1,4 @@
-"""`llara-dist tune`: what the search decides with a bench that measures nothing; the clock; what is called different."""
+"""`llara-dist tune`: what the search decides with a bench that measures nothing; the clock; what differs too much."""
 
 from __future__ import annotations
 
