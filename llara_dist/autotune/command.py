@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from llara_dist.autotune.search import GRAIN, DoesNotFitError, Found, largest_th
 from llara_dist.autotune.written import COLUMNS, file_text, row, settings_found
 from llara_dist.config import RunConfig, TrackingConfig
 from llara_dist.console import say, table
+from llara_dist.cost.recommend import MARGIN
 from llara_dist.distributed import World
 from llara_dist.ds_config import zero_stage
 from llara_dist.errors import FindingsError, InputError
 from llara_dist.integrity import write_file
+from llara_dist.model.kernels import choose_kernels
 from llara_dist.model.llama import compute_dtype
 from llara_dist.stream.share import check_world
 from llara_dist.training.fit_device import fit_device
@@ -64,9 +67,10 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     data = fitted.data
     check_world(inputs.shards.longest, data.global_batch_samples, ranks, data.max_tokens_per_microbatch)
     device = distributed.pick_device(config.device, World())
-    dtype = compute_dtype(config.model, device)
-    start = start_of(fitted, device, dtype, zero_stage(inputs.ds_config))
-    questions, impossible = questions_for(fitted, start, device, dtype, zero_stage(inputs.ds_config))
+    stage, dtype = zero_stage(inputs.ds_config), compute_dtype(config.model, device)
+    choose = partial(choose_kernels, device=device, dtype=dtype, zero_stage=stage)
+    start = start_of(fitted, choose)
+    questions, impossible = questions_for(fitted, start, choose)
     bench = ModelBench(fitted, inputs, device, ranks, window_s=min(WINDOW_S, seconds / 200))
     low, high = bench.longest, bench.most_tokens
     guess = largest_that_fits(lambda tokens: bench.is_predicted_to_fit(start.of_tokens(tokens)), low, high, high)
@@ -85,11 +89,11 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
         raise InputError(f"--seconds {seconds:g}: not enough to load the model and time a micro-batch; give more")
     found.trials += impossible
     machine = describe_machine(device) | versions()
-    notes = advice(found, device, ranks)
+    notes = advice(found, device, ranks, stage)
     write_file(out, file_text(found, machine, notes))
     table(f"{config.model.path} on {machine['device']}", COLUMNS, map(row, found.trials))
     for what in found.untried:
-        say(f"not tried, the time was up: {what}")
+        say(f"not tried for lack of time: {what}")
     for note in notes:
         say(note)
     say(f"written to {out}; use it with: llara-dist train --config RUN.yaml --config {shlex.quote(str(out))}")
@@ -139,12 +143,17 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     return {"device": name, "host": platform.node()}
 
 
-def advice(found: Found, device: torch.device, ranks: int) -> list[str]:
+def advice(found: Found, device: torch.device, ranks: int, stage: int) -> list[str]:
     """What a person should know beside the settings, a line each."""
-    lines = [f"largest row that fits with the start's other settings: {found.largest} tokens, to {GRAIN} or an eighth"]
-    if ranks > 1:
-        lines.append(f"for {ranks} ranks, measured on one: what they wait for each other and communicate is not in it")
+    on_gpu = device.type == "cuda"
+    how = "measured, and what the optimizer and ZeRO will hold is added" if on_gpu else "predicted, of one rank"
+    lines = [f"memory: {how}; {MARGIN:.0%} of what was free is left"]
+    lines.append(
+        f"largest row that fits with the start's other settings: {found.largest} tokens, to {GRAIN} or an eighth"
+    )
+    if ranks > 1 or stage == 3:
+        lines.append("measured on one rank: what ranks send each other, and wait for each other, is not in it")
     cores = len(os.sched_getaffinity(0)) // ranks
-    if device.type == "cpu" and torch.get_num_threads() < cores:
+    if not on_gpu and torch.get_num_threads() < cores:
         lines.append(f"{torch.get_num_threads()} threads of {cores} cores were used: try OMP_NUM_THREADS={cores}")
     return lines

@@ -34,7 +34,6 @@ from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.model.llama import compute_dtype, read_llama_config
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.loader import StepMaker
-from llara_dist.stream.share import check_world
 from llara_dist.training.preflight.examine import Inputs
 from llara_dist.training.preflight.resources import free_device_bytes, free_host_bytes
 
@@ -180,24 +179,24 @@ class ModelBench:
     def speed(self, setting: Setting) -> float:
         """Tokens per second of one window: the rows of a step, over and over, as many as take a window's time."""
         rows, model = self._step_rows(setting.tokens), self.model(setting)
-        window_rows = [rows[place % len(rows)] for place in range(self._window_rows.get(setting, 1))]
 
-        def window() -> float:
+        def window(count: int) -> tuple[int, float]:
+            chosen = [rows[place % len(rows)] for place in range(count)]
             self._synchronise()
             started = time.perf_counter()
-            for row in window_rows:
+            for row in chosen:
                 _backward(model, row)
             self._synchronise()
             seconds = time.perf_counter() - started
             model.zero_grad(set_to_none=True)
-            return seconds
+            return sum(row.num_tokens for row in chosen), seconds
 
-        seconds = self._attempt(window)
-        if setting in self._window_rows:
-            self._trial_s = max(self._trial_s, seconds)
-        else:  # the first is slower than the rest: it only tells how many rows suffice
-            self._window_rows[setting] = math.ceil(self._window_s / seconds)
-        return sum(row.num_tokens for row in window_rows) / seconds
+        if setting not in self._window_rows:
+            self._attempt(lambda: window(1))  # compiles, and looks for the fastest kernels: its time says nothing
+            self._window_rows[setting] = max(1, math.ceil(self._window_s / self._attempt(lambda: window(1))[1]))
+        tokens, seconds = self._attempt(lambda: window(self._window_rows[setting]))
+        self._trial_s = max(self._trial_s, seconds)
+        return tokens / seconds
 
     def peak_bytes(self, setting: Setting) -> int | None:
         """What `fits` found: measured on a GPU with what training adds, predicted on the CPU."""
@@ -273,8 +272,6 @@ class ModelBench:
         return max(0, held - 2 * 4 * tuned.trainable)
 
     def _maker(self, tokens: int) -> StepMaker:
-        data = self._config.data
-        check_world(self.longest, data.global_batch_samples, self._ranks, tokens)
         return StepMaker(self._inputs.shards, self._inputs.plan, _all_hybrid, 0, (self._ranks,), tokens)
 
     def _step_rows(self, tokens: int) -> list[Batch]:

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
-
-import torch
 
 from llara_dist.autotune.search import RECOMPUTE, Question, Setting, Trial, label
 from llara_dist.config import KernelsConfig, RunConfig
 from llara_dist.errors import InputError
-from llara_dist.model.kernels import Kernels, choose_kernels
+from llara_dist.model.kernels import Kernels
 
 ORDER = ("attention", "lora", "layers", "projector", "last_layer")
 """fields of KernelsConfig, those first of which most is expected; `compile` comes last, since it takes longest"""
 
 
-def start_of(config: RunConfig, device: torch.device, dtype: torch.dtype, stage: int) -> Setting:
+Choose = Callable[[KernelsConfig], Kernels]
+"""what `choose_kernels` makes of a config for the run's model and device"""
+
+
+def start_of(config: RunConfig, choose: Choose) -> Setting:
     """The run's own settings, with what `auto` comes to here.
 
     Args:
         config: the run.
-        device: to measure on.
-        dtype: what matrix products run in.
-        stage: of ZeRO.
+        choose: of kernels.
 
     Raises:
         InputError: a kernel that the run names cannot run here.
     """
-    chosen = by_name(choose_kernels(config.kernels, device, dtype, stage))
     # On a GPU `fit_device` has decided what auto is; on the CPU it is none.
     recompute = config.model.activation_checkpointing
-    return Setting(config.data.max_tokens_per_microbatch, False if recompute == "auto" else recompute, chosen)
+    recompute = False if recompute == "auto" else recompute
+    return Setting(config.data.max_tokens_per_microbatch, recompute, by_name(choose(config.kernels)))
 
 
 def by_name(chosen: Kernels) -> KernelsConfig:
@@ -40,17 +41,13 @@ def by_name(chosen: Kernels) -> KernelsConfig:
     return KernelsConfig(**{name: getattr(chosen, name) for name in names})
 
 
-def questions_for(
-    config: RunConfig, start: Setting, device: torch.device, dtype: torch.dtype, stage: int
-) -> tuple[list[Question], list[Trial]]:
+def questions_for(config: RunConfig, start: Setting, choose: Choose) -> tuple[list[Question], list[Trial]]:
     """What to try beside the start, and what cannot run here, with the reason.
 
     Args:
         config: the run.
         start: what `start_of` made of it.
-        device: to measure on.
-        dtype: what matrix products run in.
-        stage: of ZeRO.
+        choose: of kernels.
     """
     hints = get_type_hints(KernelsConfig)
     questions: list[Question] = []
@@ -59,11 +56,12 @@ def questions_for(
     def ask(name: str, values: tuple[Any, ...]) -> None:
         possible = []
         for value in values:
-            asked = start.having(name, value).kernels
+            asked, what = start.having(name, value).kernels, f"{label(name)}={value}"
             try:
-                chosen = by_name(choose_kernels(asked, device, dtype, stage))
+                chosen = by_name(choose(asked))
             except InputError as error:
-                impossible.append(Trial(f"{label(name)}={value}", start.tokens, None, None, None, f"not here: {error}"))
+                reason = str(error).removeprefix(f"{what}: ")
+                impossible.append(Trial(what, start.tokens, None, None, None, f"not here: {reason}"))
                 continue
             if chosen == asked and chosen != start.kernels:
                 possible.append(value)

@@ -51,7 +51,7 @@ def file_text(found: Found, machine: dict[str, str], notes: Iterable[str]) -> st
     lines += [f"{name}: {value}" for name, value in machine.items()]
     lines += ["", " | ".join(COLUMNS)]
     lines += [" | ".join(cell or "-" for cell in row(trial)) for trial in found.trials]
-    lines += [f"{what} | not tried, the time was up" for what in found.untried]
+    lines += [f"{what} | not tried for lack of time" for what in found.untried]
     lines += ["", *notes]
     comments = "\n".join(f"# {' '.join(line.split())}".rstrip() for line in lines)
     return f"{comments}\n{yaml.safe_dump(settings_found(found), sort_keys=False)}"

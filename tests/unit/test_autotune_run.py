@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from llara_dist.cli import main
 from llara_dist.config import LoraConfig, RunConfig, to_dict
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
+from llara_dist.model.kernels import choose_kernels
 from llara_dist.training.preflight.examine import open_inputs
 from tests.runs import run_config
 
 CPU = torch.device("cpu")
+CHOOSE = partial(choose_kernels, device=CPU, dtype=torch.float32)
 
 
 def write_run(path: Path, config: RunConfig) -> Path:
@@ -89,8 +92,8 @@ def bench(inputs: Path, tmp_path: Path) -> ModelBench:
 
 def test_a_wrong_adapter_is_seen_though_adapters_start_at_zero(bench: ModelBench, inputs: Path) -> None:
     config = run_config(inputs, Path("unused"))
-    start = start_of(config, CPU, torch.float32, 0)
-    questions, _ = questions_for(config, start, CPU, torch.float32, 0)
+    start = start_of(config, CHOOSE)
+    questions, _ = questions_for(config, start, CHOOSE)
     assert questions[-1].name == "compile"
     assert bench.most_tokens == 4 * bench.longest  # two ranks share seven samples
     other = start.having("last_layer", "all")
@@ -106,7 +109,7 @@ def test_a_wrong_adapter_is_seen_though_adapters_start_at_zero(bench: ModelBench
 def test_after_memory_ran_out_the_same_model_goes_on(
     bench: ModelBench, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = start_of(run_config(inputs, Path("unused")), CPU, torch.float32, 0)
+    start = start_of(run_config(inputs, Path("unused")), CHOOSE)
     bench.prepare(start)
     assert bench.speed(start) > 0
     model = bench.model(start)
