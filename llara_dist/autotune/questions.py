@@ -41,6 +41,13 @@ def by_name(chosen: Kernels) -> KernelsConfig:
     return KernelsConfig(**{name: getattr(chosen, name) for name in names})
 
 
+def fewer_recomputed(recompute: bool | int) -> tuple[bool | int, ...]:
+    """What may be faster than what a run recomputes: nothing, and of a number of layers half as many."""
+    if not recompute:
+        return ()
+    return (False,) if recompute is True or recompute == 1 else (False, recompute // 2)
+
+
 def questions_for(config: RunConfig, start: Setting, choose: Choose) -> tuple[list[Question], list[Trial]]:
     """What to try beside the start, and what cannot run here, with the reason.
 
@@ -71,7 +78,7 @@ def questions_for(config: RunConfig, start: Setting, choose: Choose) -> tuple[li
     for name in ORDER:
         if name != "attention" or config.model.attention == "packed":
             ask(name, tuple(value for value in get_args(hints[name]) if value != "auto"))
-    if start.recompute is not False:
-        questions.append(Question(RECOMPUTE, (False,)))
+    if fewer := fewer_recomputed(start.recompute):
+        questions.append(Question(RECOMPUTE, fewer))
     ask("compile", (not start.kernels.compile,))
     return questions, impossible

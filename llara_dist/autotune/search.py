@@ -185,6 +185,7 @@ def search(
 
     Raises:
         DoesNotFitError: not even the longest sample alone fits.
+        Exception: what the start itself raised.
     """
     start = found.best
     pending = [BUDGET, *(f"{label(q.name)}={v}" for q in questions for v in q.values)]
@@ -203,11 +204,15 @@ def search(
                 _try(bench, found, question.name, value, low)
                 pending.pop(0)
         if found.best.variant != start.variant:
-            pending.append(f"{BUDGET}, with the settings found")
+            pending = [f"{BUDGET}, with the settings found"]
             _tune_budget(bench, found, low, largest_that_fits(_fits_with(bench, found.best), low, high, found.largest))
-            pending.clear()
     except OutOfTime:
         found.untried += pending
+    except Exception as error:  # a GPU that an invalid access has stopped fails in all that follows, the clean-up too
+        if not found.has_start:
+            raise
+        found.untried += pending[1:]
+        found.trials.append(Trial(pending[0], found.best.tokens, None, None, None, f"failed: {first_line(error)}"))
 
 
 def _fits_with(bench: Bench, setting: Setting) -> Callable[[int], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from llara_dist.autotune.clock import Clock, OutOfTime
 from llara_dist.autotune.measure import describe_difference, is_out_of_memory
+from llara_dist.autotune.questions import fewer_recomputed
 from llara_dist.autotune.search import (
     GRAIN,
     RECOMPUTE,
@@ -51,6 +53,8 @@ class FakeBench:
     memory: int = 1 << 30
     broken: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
+    is_dead: bool = False
+    """from the first failure on: everything fails"""
     seconds: float = 1e9
     model_bytes: int = 0
     now: float = 0.0
@@ -74,12 +78,15 @@ class FakeBench:
             self.loaded.add(setting.variant)
 
     def release(self, setting: Setting) -> None:
+        if self.is_dead:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.loaded.discard(setting.variant)
 
     def difference(self, setting: Setting) -> str:
         assert setting.variant in self.loaded
         self.spend(0.1)
         if any(value in vars(setting.kernels).values() for value in self.broken):
+            self.is_dead = self.is_dead or "fused" in self.broken
             raise ImportError("no kernel image\nis available")
         return "the loss is 9" if any(value in vars(setting.kernels).values() for value in self.wrong) else ""
 
@@ -149,6 +156,16 @@ def test_a_choice_that_breaks_or_differs_is_told_and_the_search_goes_on() -> Non
     text = file_text(found, {"device": "a GPU"}, ["a note"])
     assert yaml.safe_load(text) == settings_found(found)
     assert "# kernels.attention=flash3 | 8192 | - | - | - | failed: ImportError: no kernel image\n" in text
+
+
+def test_what_was_found_before_the_device_broke_is_kept() -> None:
+    found = run(FakeBench(lambda s: 1500.0 if s.kernels.attention == "varlen" else 1000.0, broken=("fused",)))
+    assert found.best.kernels == dataclasses.replace(KERNELS, attention="varlen")
+    assert found.untried == ["kernels.compile=True"]
+    assert found.trials[-1].what == "kernels.lora=fused"
+    assert found.trials[-1].verdict == "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    with pytest.raises(ImportError):  # where the start itself breaks there is nothing to keep
+        run(FakeBench(broken=("eager",)))
 
 
 def test_budgets_follow_what_is_fast_within_what_fits() -> None:
@@ -224,6 +241,10 @@ def test_the_largest_that_fits_was_seen_to_fit_and_nothing_below_it_was_not(limi
     largest = largest_that_fits(lambda tokens: fits(tokens, steady=False), LOW, HIGH, guess)
     assert not largest or seen[largest]
     assert all(tokens > largest for tokens, did in seen.items() if not did)
+
+
+def test_fewer_layers_may_be_recomputed() -> None:
+    assert [fewer_recomputed(layers) for layers in (False, 0, True, 1, 12)] == [(), (), (False,), (False,), (False, 6)]
 
 
 def test_budgets_worth_timing() -> None:
