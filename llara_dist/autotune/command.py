@@ -6,7 +6,6 @@ import dataclasses
 import os
 import platform
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from llara_dist import distributed
 from llara_dist.autotune.clock import Clock, OutOfTime
 from llara_dist.autotune.measure import ModelBench
-from llara_dist.autotune.questions import questions_for, start_of
+from llara_dist.autotune.questions import chooser, questions_for, start_of
 from llara_dist.autotune.search import GRAIN, DoesNotFitError, Found, largest_that_fits, search
 from llara_dist.autotune.written import COLUMNS, file_text, row, settings_found
 from llara_dist.config import RunConfig, TrackingConfig
@@ -25,8 +24,6 @@ from llara_dist.distributed import World
 from llara_dist.ds_config import zero_stage
 from llara_dist.errors import FindingsError, InputError
 from llara_dist.integrity import write_file
-from llara_dist.model.kernels import choose_kernels
-from llara_dist.model.llama import compute_dtype
 from llara_dist.stream.share import check_world
 from llara_dist.training.fit_device import fit_device
 from llara_dist.training.preflight.examine import Inputs, open_inputs
@@ -67,10 +64,10 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     data = fitted.data
     check_world(inputs.shards.longest, data.global_batch_samples, ranks, data.max_tokens_per_microbatch)
     device = distributed.pick_device(config.device, World())
-    stage, dtype = zero_stage(inputs.ds_config), compute_dtype(config.model, device)
-    choose = partial(choose_kernels, device=device, dtype=dtype, zero_stage=stage)
+    stage = zero_stage(inputs.ds_config)
+    choose = chooser(config.model, device, stage)
     start = start_of(fitted, choose)
-    questions, impossible = questions_for(fitted, start, choose)
+    questions, impossible = questions_for(start, choose)
     bench = ModelBench(fitted, inputs, device, ranks, window_s=min(WINDOW_S, seconds / 200))
     low, high = bench.longest, bench.most_tokens
     guess = largest_that_fits(lambda tokens: bench.is_predicted_to_fit(start.of_tokens(tokens)), low, high, high)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from llara_dist.autotune.search import RECOMPUTE, Question, Setting, Trial, label
-from llara_dist.config import KernelsConfig, RunConfig
+from llara_dist.config import KernelsConfig, ModelConfig, RunConfig
 from llara_dist.errors import InputError
-from llara_dist.model.kernels import Kernels
+from llara_dist.model.kernels import Kernels, choose_kernels
+from llara_dist.model.llama import compute_dtype, read_llama_config
 
 ORDER = ("attention", "lora", "layers", "projector", "last_layer")
 """fields of KernelsConfig, those first of which most is expected; `compile` comes last, since it takes longest"""
@@ -17,6 +21,25 @@ ORDER = ("attention", "lora", "layers", "projector", "last_layer")
 
 Choose = Callable[[KernelsConfig], Kernels]
 """what `choose_kernels` makes of a config for the run's model and device"""
+
+
+def chooser(model: ModelConfig, device: torch.device, stage: int) -> Choose:
+    """`choose_kernels` for a model on a device.
+
+    Args:
+        model: the run's.
+        device: to measure on.
+        stage: of ZeRO.
+    """
+    llama = read_llama_config(model)
+    return partial(
+        choose_kernels,
+        device=device,
+        dtype=compute_dtype(model, device),
+        zero_stage=stage,
+        head_dim=llama.head_dim or llama.hidden_size // llama.num_attention_heads,
+        model_attention=model.attention,
+    )
 
 
 def start_of(config: RunConfig, choose: Choose) -> Setting:
@@ -48,11 +71,10 @@ def fewer_recomputed(recompute: bool | int) -> tuple[bool | int, ...]:
     return (False,) if recompute is True or recompute == 1 else (False, recompute // 2)
 
 
-def questions_for(config: RunConfig, start: Setting, choose: Choose) -> tuple[list[Question], list[Trial]]:
+def questions_for(start: Setting, choose: Choose) -> tuple[list[Question], list[Trial]]:
     """What to try beside the start, and what cannot run here, with the reason.
 
     Args:
-        config: the run.
         start: what `start_of` made of it.
         choose: of kernels.
     """
@@ -76,8 +98,7 @@ def questions_for(config: RunConfig, start: Setting, choose: Choose) -> tuple[li
             questions.append(Question(name, tuple(possible)))
 
     for name in ORDER:
-        if name != "attention" or config.model.attention == "packed":
-            ask(name, tuple(value for value in get_args(hints[name]) if value != "auto"))
+        ask(name, tuple(value for value in get_args(hints[name]) if value != "auto"))
     if fewer := fewer_recomputed(start.recompute):
         questions.append(Question(RECOMPUTE, fewer))
     ask("compile", (not start.kernels.compile,))

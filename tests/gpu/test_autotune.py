@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ import torch
 
 from llara_dist.autotune import command, search
 from llara_dist.autotune.measure import ModelBench
-from llara_dist.autotune.questions import start_of
+from llara_dist.autotune.questions import chooser, start_of
 from llara_dist.distributed import World
-from llara_dist.model.kernels import choose_kernels
-from llara_dist.model.llama import compute_dtype
 from llara_dist.training.preflight.examine import open_inputs
 from tests.runs import run_config
 
@@ -28,8 +25,7 @@ def test_after_memory_ran_out_smaller_rows_fit_and_nothing_is_lost(inputs: Path,
     device = torch.device("cuda", 0)
     config = dataclasses.replace(run_config(inputs, tmp_path / "run", global_batch_samples=64), device="cuda")
     bench = ModelBench(config, open_inputs(config, World()), device, ranks=1)
-    choose = partial(choose_kernels, device=device, dtype=compute_dtype(config.model, device))
-    start = start_of(config, choose)
+    start = start_of(config, chooser(config.model, device, 0))
     bench.prepare(start)
     small, large = start.of_tokens(bench.longest), start.of_tokens(bench.most_tokens)
     assert bench.fits(small)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,16 @@ import yaml
 
 from llara_dist.autotune import command, search
 from llara_dist.autotune.measure import ModelBench
-from llara_dist.autotune.questions import questions_for, start_of
+from llara_dist.autotune.questions import chooser, questions_for, start_of
 from llara_dist.autotune.search import DoesNotFitError
 from llara_dist.cli import main
 from llara_dist.config import LoraConfig, RunConfig, to_dict
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
-from llara_dist.model.kernels import choose_kernels
 from llara_dist.training.preflight.examine import open_inputs
 from tests.runs import run_config
 
 CPU = torch.device("cpu")
-CHOOSE = partial(choose_kernels, device=CPU, dtype=torch.float32)
 
 
 def write_run(path: Path, config: RunConfig) -> Path:
@@ -92,8 +89,9 @@ def bench(inputs: Path, tmp_path: Path) -> ModelBench:
 
 def test_a_wrong_adapter_is_seen_though_adapters_start_at_zero(bench: ModelBench, inputs: Path) -> None:
     config = run_config(inputs, Path("unused"))
-    start = start_of(config, CHOOSE)
-    questions, _ = questions_for(config, start, CHOOSE)
+    choose = chooser(config.model, CPU, 0)
+    start = start_of(config, choose)
+    questions, _ = questions_for(start, choose)
     assert questions[-1].name == "compile"
     assert bench.most_tokens == 4 * bench.longest  # two ranks share seven samples
     other = start.having("last_layer", "all")
@@ -109,7 +107,8 @@ def test_a_wrong_adapter_is_seen_though_adapters_start_at_zero(bench: ModelBench
 def test_after_memory_ran_out_the_same_model_goes_on(
     bench: ModelBench, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = start_of(run_config(inputs, Path("unused")), CHOOSE)
+    config = run_config(inputs, Path("unused"))
+    start = start_of(config, chooser(config.model, CPU, 0))
     bench.prepare(start)
     assert bench.speed(start) > 0
     model = bench.model(start)
