@@ -15,7 +15,7 @@ from llara_dist import distributed
 from llara_dist.autotune.clock import Clock, OutOfTime
 from llara_dist.autotune.measure import ModelBench
 from llara_dist.autotune.questions import chooser, questions_for, start_of
-from llara_dist.autotune.search import GRAIN, DoesNotFitError, Found, largest_that_fits, search
+from llara_dist.autotune.search import GRAIN, RECOMPUTE, DoesNotFitError, Found, largest_that_fits, search
 from llara_dist.autotune.written import COLUMNS, file_text, row, settings_found
 from llara_dist.config import RunConfig, TrackingConfig
 from llara_dist.console import say, table
@@ -72,6 +72,8 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     low, high = bench.longest, bench.most_tokens
     guess = largest_that_fits(lambda tokens: bench.is_predicted_to_fit(start.of_tokens(tokens)), low, high, high)
     found = Found(start)
+    if repr(start.recompute) != repr(config.model.activation_checkpointing):  # 1 is one layer, True is all
+        found.settled.add(RECOMPUTE)
     try:
         with clock.limit():
             search(bench, found, low, high, guess, questions, clock.left)

@@ -146,7 +146,8 @@ class Found:
         ratio: speed of `best` to the start's.
         trials: in order.
         untried: for lack of time.
-        settled: fields of which at least one other value was timed.
+        settled: fields that the run is to be given: those of which another value was timed, and what `best` needs to
+            fit.
     """
 
     best: Setting

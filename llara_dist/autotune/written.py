@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def settings_found(found: Found) -> dict[str, Any]:
-    """What a run is to be given, nested as in its YAML: the budget, and of the rest only what was timed."""
+    """What a run is to be given, nested as in its YAML: the budget, and of the rest only what was settled."""
     best = found.best
     settings: dict[str, Any] = {"data": {"max_tokens_per_microbatch": best.tokens}}
     if RECOMPUTE in found.settled:

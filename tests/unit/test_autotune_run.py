@@ -81,6 +81,18 @@ def test_options_that_make_no_sense_are_refused_at_once(
         command.tune(config, overwrite=True)
 
 
+def test_what_had_to_be_changed_to_fit_is_written_even_where_nothing_else_was_tried(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(inputs, tmp_path / "tuned.yaml")
+    recomputing = dataclasses.replace(config.model, activation_checkpointing=True)
+    monkeypatch.setattr(command, "WINDOW_S", 0.0)
+    monkeypatch.setattr(command, "fit_device", lambda config: dataclasses.replace(config, model=recomputing))
+    monkeypatch.setattr(command, "questions_for", lambda *_: ([], []))
+    result = command.tune(config, seconds=600)
+    assert result["settings"]["model"] == {"activation_checkpointing": True}
+
+
 @pytest.fixture
 def bench(inputs: Path, tmp_path: Path) -> ModelBench:
     config = dataclasses.replace(run_config(inputs, tmp_path / "run"), lora=LoraConfig(dropout=0.1))
