@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from llara_dist.config import LoraConfig, ModelConfig, RunConfig
-from llara_dist.cost.memory import GIB
+from llara_dist.cost.architecture import PRESETS
+from llara_dist.cost.memory import GIB, run_memory
+from llara_dist.cost.recommend import fewest_recomputed
+from llara_dist.cost.tuned import TunedModel
+from llara_dist.cost.work import SampleSizes
+from llara_dist.cost.zero import ZeroSettings
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
+from llara_dist.model.llama import read_llama_config
 from llara_dist.training import fit_device as fitting
 from llara_dist.training.engine import seed_dropout
 from llara_dist.training.fit_device import choose_recomputed
@@ -80,9 +86,27 @@ def test_auto_recomputes_as_few_layers_as_memory_asks_for(
     monkeypatch.setattr(fitting, "free_device_bytes", lambda device: 64 * GIB)
     monkeypatch.setattr(fitting, "compute_dtype", lambda model, device: torch.bfloat16)
     counts = []
-    for target in (3.5, 2.4, 1.6):
+    for target in (100.0, 0.5):
         held = dataclasses.replace(config, model=dataclasses.replace(config.model, memory_target_gib=target))
         counts.append(chosen(held))
-        assert f"to stay under {target:.1f} GiB" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        said = printed.out + printed.err
+        assert f"to stay under {target:.1f} GiB" in said
     print(counts)
-    assert counts == sorted(counts)
+    layers = read_llama_config(config.model).num_hidden_layers
+    assert counts == [0, layers]
+    assert "with every layer recomputed" in said
+
+
+def test_the_fewest_layers_that_fit_are_taken() -> None:
+    """As many layers as make a 7B model fit, and with one less it would not."""
+    model, row = TunedModel(PRESETS["llama-2-7b"]), SampleSizes().row(8192, 1682)
+
+    def need(count: int) -> int:
+        return run_memory(dataclasses.replace(model, recompute=count), row, ZeroSettings(), 1).device_bytes
+
+    count = fewest_recomputed(32, need, 36 * GIB)
+    assert count is not None
+    assert 0 < count < 32
+    assert need(count) <= 36 * GIB < need(count - 1)
+    assert fewest_recomputed(32, need, 1 * GIB) is None
