@@ -23,7 +23,8 @@ distorts less. Without --shards the inputs are a synthetic world with MovieLens'
 NF4 weights (Llama-2-7B's shape on a GPU).
 
 MFU counts what the mathematics of a step needs (llara_dist/cost/flops.py: about 4 N FLOPs a token, no recomputation, no
-padding, the head at answers alone), the same for every arm, against a matrix product measured in the same run.
+padding, head and last layer for the answers alone), the same for every arm, against a matrix product measured in the
+same run; beside it stands what it would be with the last layer counted at every position.
 """
 
 from __future__ import annotations
@@ -302,9 +303,11 @@ def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
     """Rates, memory, MFU and ratios of every arm; whether the targets are met."""
     architecture = Architecture.of(read_llama_config(ModelConfig(path=setup.model)))
     items = load_item_table(Path(setup.recommender))
-    config = setup.run_config("cost", KernelsConfig())
-    model = TunedModel.of(config, architecture, (items.num_items, items.dim), setup.device == "cuda")
-    flops = [step_flops(model, step).model for step in work[1:]]
+    flops = {}
+    for last_layer in ("answers", "all"):
+        config = setup.run_config("cost", KernelsConfig(last_layer=last_layer))
+        model = TunedModel.of(config, architecture, (items.num_items, items.dim), setup.device == "cuda")
+        flops[last_layer] = [step_flops(model, step).model for step in work[1:]]
     matrix = statistics.median(step["flops_per_second"] for step in arms.steps[MATRIX])
     ours, ours_cpu = ([step[kind] for step in arms.steps[OURS]] for kind in ("seconds", "cpu_seconds"))
     rows: dict[str, Any] = {}
@@ -321,7 +324,10 @@ def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
             "padded_share": padded_share(steps),
             "peak_bytes": max(step["peak_bytes"] for step in steps),
             "cpu_seconds_a_step": spread(cpu),
-            "mfu": spread([count / value / matrix for count, value in zip(flops, seconds, strict=True)]),
+            **{
+                key: spread([count / value / matrix for count, value in zip(flops[counted], seconds, strict=True)])
+                for key, counted in (("mfu", "answers"), ("mfu_of_every_position", "all"))
+            },
             "ours_is_faster_by": spread([value / mine for value, mine in zip(seconds, ours, strict=True)]),
             "ours_takes_less_cpu_by": spread([value / mine for value, mine in zip(cpu, ours_cpu, strict=True)]),
             **{k: v for k, v in arms.facts[name].items() if not k.endswith("_loss") and not k.startswith("kernels")},
