@@ -87,7 +87,7 @@ def test_saved_activations_are_those_that_autograd_saves(
     assert expected == pytest.approx(saved_bytes(built, batch), rel=0.01)
     if built.kernels.last_layer == "answers":
         built.kernels = dataclasses.replace(built.kernels, last_layer="all")
-        whole = dataclasses.replace(tuned(folder, model, lora), last_layer="all")
+        whole = dataclasses.replace(tuned(folder, model, lora, kernels), last_layer="all")
         found = activation_bytes(whole, Work.of([batch]), "cpu").total
         assert found > expected or built.llm.is_gradient_checkpointing
         assert found == pytest.approx(saved_bytes(built, batch), rel=0.01)
