@@ -102,11 +102,13 @@ def _best(
         )
         if fewest is None:
             break
-        for count in {model.architecture.layers, fewest}:
+        # A last layer that computes the answers' rows keeps so little that to recompute it only costs memory.
+        layers = model.architecture.layers
+        for count in {layers, max(layers - 1, fewest), fewest}:
             memory = _memory(model, count, row, zero, cluster.ranks)
             if memory.device_bytes <= room:
                 tried.append((dataclasses.replace(model, recompute=count), budget, memory))
-    for held, budget, memory in sorted(tried, key=lambda one: (-one[0].recomputed, one[1])):
+    for held, budget, memory in sorted(tried, key=lambda one: one[2].device_bytes):
         step = predict_step(held, zero, cluster, samples, global_batch, budget)
         if best is None or step.tokens_per_s > WORTH * best.step.tokens_per_s:
             best = Recommendation(stage, budget, held.recomputed, memory, step, [])

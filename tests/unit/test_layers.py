@@ -103,4 +103,4 @@ def test_compiled_layers_train_as_eager_ones_and_are_not_compiled_again(
         torch._dynamo.reset()
     assert names[0] == names[1]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0.0)
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)  # AdamW makes much of little gradients
