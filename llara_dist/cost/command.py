@@ -12,12 +12,12 @@ from typing import Any
 from llara_dist.config import ModelConfig, RunConfig
 from llara_dist.console import say, table
 from llara_dist.cost.architecture import PRESETS, Architecture
-from llara_dist.cost.hardware import find_gpu
+from llara_dist.cost.hardware import GIB, find_gpu
 from llara_dist.cost.memory import RunMemory, run_memory
 from llara_dist.cost.predict import Cluster, StepTime, predict_step
-from llara_dist.cost.recommend import as_json, recommend
+from llara_dist.cost.recommend import MARGIN, as_json, fewest_recomputed, recommend
 from llara_dist.cost.tuned import TunedModel
-from llara_dist.cost.work import SampleSizes
+from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.ds_config import read_ds_config
 from llara_dist.errors import InputError
@@ -99,7 +99,8 @@ def plan(
     zero_path = ds_config or config.deepspeed
     zero = ZeroSettings.of(read_ds_config(zero_path), str(zero_path))
     tuned = TunedModel.of(config, architecture, (num_items, item_dim), _in_bfloat16(config.model), zero.stage)
-    setting = _Setting(tuned, zero, samples, budget)
+    target = config.model.memory_target_gib * GIB if config.model.activation_checkpointing == "auto" else None
+    setting = _Setting(tuned, zero, samples, budget, target)
     rows = []
     for count in counts:
         cluster = Cluster(hardware, count, gpus_per_node)
@@ -132,6 +133,8 @@ class _Setting:
     zero: ZeroSettings
     samples: SampleSizes
     budget: int
+    target: float | None
+    """bytes for which layers are recomputed, 0 = what a GPU has; None = as many as the run says"""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class _Prediction:
     cluster: Cluster
     memory: RunMemory
     step: StepTime
+    recomputed: int
     enlarged: bool
     """whether the global batch was raised above the run's, which has fewer samples than there are GPUs"""
     recommended: dict[str, Any] | None
@@ -163,6 +167,7 @@ class _Prediction:
             "step_s": step.seconds,
             "step_parts_s": {name: getattr(step, name) for name in PARTS},
             "microbatches": step.microbatches,
+            "recomputed_layers": self.recomputed,
             "global_batch_samples": step.samples,
             "global_batch_enlarged": self.enlarged,
             "sent_bytes_per_rank": step.sent_bytes,
@@ -180,11 +185,24 @@ PARTS = ("products", "elementwise", "dequantisation", "launching", "optimizer", 
 def _predict(setting: _Setting, cluster: Cluster, batch: int, enlarged: bool, workers: int) -> _Prediction:
     tuned, zero, samples = setting.tuned, setting.zero, setting.samples
     row = samples.largest_row(setting.budget, math.ceil(batch / cluster.ranks), tuned.items)
+    if setting.target is not None:
+        tuned = _recomputing(tuned, row, zero, cluster, setting.target or (1 - MARGIN) * cluster.hardware.memory_bytes)
     memory = run_memory(tuned, row, zero, cluster.ranks, workers=workers)
     step = predict_step(tuned, zero, cluster, samples, batch, setting.budget)
     stages = {stage: ZeroSettings.of(read_ds_config(Path(f"ds_configs/zero{stage}.json"))) for stage in range(4)}
     found = recommend(tuned, cluster, samples, batch, stages)
-    return _Prediction(cluster, memory, step, enlarged, None if found is None else as_json(found))
+    return _Prediction(cluster, memory, step, tuned.recomputed, enlarged, None if found is None else as_json(found))
+
+
+def _recomputing(tuned: TunedModel, row: Work, zero: ZeroSettings, cluster: Cluster, room: float) -> TunedModel:
+    """What `model.activation_checkpointing=auto` will come to: as few layers as fit, or all."""
+    layers = tuned.architecture.layers
+
+    def held(count: int) -> TunedModel:
+        return dataclasses.replace(tuned, recompute=count)
+
+    fewest = fewest_recomputed(layers, lambda n: run_memory(held(n), row, zero, cluster.ranks).device_bytes, room)
+    return held(layers if fewest is None else fewest)
 
 
 def _read_run(path: Path | None) -> RunConfig:
@@ -259,6 +277,7 @@ def _show(result: dict[str, Any], rows: list[_Prediction], setting: _Setting) ->
     facts: list[tuple[str, list[str]]] = [
         ("samples a step", [str(row.step.samples) for row in rows]),
         ("micro-batches", [str(row.step.microbatches) for row in rows]),
+        ("layers recomputed", [str(row.recomputed) for row in rows]),
         ("MB sent a GPU and step", [f"{row.step.sent_bytes / 1e6:.1f}" for row in rows]),
         ("collectives a step", [str(row.step.collectives) for row in rows]),
         ("tokens/s", [f"{row.step.tokens_per_s:,.0f}" for row in rows]),

@@ -39,8 +39,9 @@ class StepMetrics:
         architecture = Architecture.of(engine.model.llm.config)
         table = engine.model.item_table
         bfloat16 = engine.model.dtype == torch.bfloat16
-        self._model = TunedModel.of(run.config, architecture, (table.shape[0], table.shape[1]), bfloat16)
         self._zero = ZeroSettings.of(engine.ds_config)
+        shape = (table.shape[0], table.shape[1])
+        self._model = TunedModel.of(run.config, architecture, shape, bfloat16, self._zero.stage)
         on_gpu = engine.device.type == "cuda"
         world = engine.world.size
         # Walks over every parameter under stage 3, and steps have one of a few numbers of micro-batches.

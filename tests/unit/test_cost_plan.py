@@ -325,3 +325,16 @@ def test_a_higher_stage_is_taken_where_its_memory_makes_it_faster() -> None:
             alone = recommend(model, cluster, samples, 128, {stage: STAGES[stage]})
             assert alone is None or alone.step.tokens_per_s <= WORTH * found.step.tokens_per_s
     assert 0 in chosen
+
+
+def test_plan_recomputes_as_few_layers_as_the_gpu_asks_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    found = {}
+    for target in (0, 16, 9):
+        run.write_text(f"model: {{activation_checkpointing: auto, memory_target_gib: {target}}}\n")
+        main(["plan", "--gpu", "h100", "--run", str(run), "--tokens-per-microbatch", "4096", "--json"])
+        predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["predictions"][0]
+        found[target] = predicted["recomputed_layers"]
+        assert predicted["device_bytes"] <= (target or 79.1) * 2**30
+    assert found[0] == 0
+    assert 0 < found[16] < found[9] <= 32
