@@ -61,10 +61,10 @@ kernel() {
 
 if [ -n "$dry" ]; then
     shape=tiny sizes=(--samples 4 --rounds 1 --budget 1024) scored=(--rows 2 --rounds 1) batch=4 budget=1024
-    projector=(--device cpu --items 32 --width 128 --tokens 256 --rounds 2) lora=(--repeats 2)
+    projector=(--device cpu --items 32 --width 128 --tokens 256 --rounds 2) lora=(--repeats 2) attention=(--repeats 2 --tokens 1000)
 else
     shape=7b sizes=(--quick) scored=(--rows 16 --rounds 4) batch=32 budget=4096
-    projector=() lora=()
+    projector=() lora=() attention=(--device cuda --tokens 8000)
 fi
 peers=()
 [ -n "${PEERS:-}" ] && peers=(--peers "$PEERS")
@@ -81,6 +81,7 @@ step train 60 "$python" launch/train.py --model.path "$work/inputs/model" --data
     --data.global_batch_samples "$batch" --data.max_tokens_per_microbatch "$budget"                                   # 40
 kernel projector 60 "${projector[@]}"                                                                                 # 30
 kernel lora 60 "${lora[@]}"                                                                                           # 30
+kernel attention 40 "${attention[@]}"                                                                                 # 20
 step scoring 60 "$python" benchmarks/scoring.py --inputs "$work/inputs" "${scored[@]}" --out "$out/scoring.json"      # 40
 step train_step 240 "$python" benchmarks/train_step.py --inputs "$work/inputs" "${sizes[@]}" "${peers[@]}" \
     --out "$out/train_step.json"                                                                                     # 200

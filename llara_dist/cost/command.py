@@ -22,7 +22,6 @@ from llara_dist.cost.zero import ZeroSettings
 from llara_dist.ds_config import read_ds_config
 from llara_dist.errors import InputError
 
-GIB = 2**30
 ASSUMED = (
     "Counted: weights, optimizer state, saved activations, FLOPs, collectives (held by tests on the CPU). Assumed, and "
     "not validated on GPUs: efficiencies, runtime and allocator overhead, in-flight workspace, links."
