@@ -30,6 +30,7 @@ from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.hashing import hash64, text_seed
+from llara_dist.model import attention_order
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.model.llama import compute_dtype, read_llama_config
 from llara_dist.stream.batch import Batch, collate
@@ -233,6 +234,7 @@ class ModelBench:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+        attention_order.restore()
         # Only here, where the error and the frames that it holds are gone, can their tensors be freed.
         for model in self._models.values():
             model.zero_grad(set_to_none=True)

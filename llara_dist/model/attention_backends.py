@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llara_dist.model.attention_order import fixed_order
 from llara_dist.model.packing import Backend, Packing
@@ -72,7 +73,7 @@ def obstacle(backend: Backend, device: torch.device, dtype: torch.dtype, head_di
         module = importlib.import_module(_MODULES[backend])
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    except ImportError as error:  # built for another PyTorch
+    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch
         return f"{_MODULES[backend]} does not load ({str(error).splitlines()[0]})"
     name, argument = _NEEDED[backend]
     function = getattr(module, name, None)
@@ -112,8 +113,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: 
         samples = (query.split(packing.queries.lengths), *(s.split(packing.keys.lengths) for s in (key, value)))
         return torch.cat([one(q, k, v) for q, k, v in zip(*samples, strict=True)])
 
-    # On the CPU the order is fixed.
-    return fixed_order(all_samples, query, key, value) if query.is_cuda else all_samples(query, key, value)
+    if not query.is_cuda:  # the order is fixed there
+        return all_samples(query, key, value)
+    # Not cuDNN's: it plans anew for every length of a sample, and does not keep an order.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        if query.shape[2] % 8:  # matrix products, in an order that cuBLAS alone decides
+            return all_samples(query, key, value)
+        return fixed_order(all_samples, query, key, value)
 
 
 def _flash2(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:

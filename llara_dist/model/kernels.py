@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -112,8 +114,8 @@ def _projector(asked: str, device: torch.device, dtype: torch.dtype, zero_stage:
     reason = ""
     if device.type != "cuda":
         reason = "no GPU"
-    elif find_spec("triton") is None:
-        reason = "triton is not installed"
+    elif lacks := _triton_lacks():
+        reason = lacks
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = "the GPU is older than compute capability 8.0"
     elif dtype not in (torch.bfloat16, torch.float32):
@@ -131,18 +133,36 @@ def _lora(asked: str, device: torch.device, zero_stage: int) -> tuple[str, str]:
     reason = ""
     if zero_stage == 3:
         reason = "ZeRO stage 3 gathers adapters in PEFT's calls"
-    elif device.type == "cuda" and find_spec("triton") is None:
-        reason = "triton is not installed"
+    elif device.type == "cuda":
+        reason = _triton_lacks()
     if asked == "fused" and reason:
         raise InputError(f"kernels.lora=fused cannot run: {reason}; use peft or auto")
     return ("peft", reason if asked == "auto" else "") if reason or asked == "peft" else ("fused", "")
 
 
+def _triton_lacks() -> str:
+    """What Triton wants here and does not find; empty where it can compile."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return "" if any(shutil.which(name) for name in compilers) else "triton finds no C compiler"
+
+
+def _liger_lacks() -> str:
+    """What of Liger this package calls does not load; empty where all does."""
+    try:
+        from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction  # noqa: F401
+    except ImportError as error:
+        return f"liger_kernel does not load, version 0.7 or newer is needed ({str(error).splitlines()[0]})"
+    return ""
+
+
 def _layers(asked: str, device: torch.device) -> tuple[str, str]:
+    """Who computes norms, rotary embedding and SwiGLU, and why not Liger."""
     if asked == "torch":
         return "torch", ""
     lacks = "" if find_spec("liger_kernel") is not None else "liger_kernel is not installed"
-    lacks = lacks or ("" if device.type == "cuda" else "no GPU")
+    lacks = lacks or ("" if device.type == "cuda" else "no GPU") or _liger_lacks()
     if lacks and asked == "liger":
         raise InputError(f"kernels.layers=liger: {lacks}; use kernels.layers=auto")
     return ("torch", lacks) if lacks else ("liger", "")

@@ -19,7 +19,7 @@ from llara_dist.config import KernelsConfig
 from llara_dist.errors import InputError
 from llara_dist.model.attention import packed_attention
 from llara_dist.model.attention_backends import attend
-from llara_dist.model.attention_order import fixed_order
+from llara_dist.model.attention_order import fixed_order, restore
 from llara_dist.model.kernels import choose_kernels
 from tests.attention import packing, random_states, reference, segments
 
@@ -215,6 +215,31 @@ def test_what_flash_kernels_are_asked(
     assert all(state.grad is not None and bool(state.grad.any()) for state in states[:1] + states[2:])
 
 
+class Raises(torch.autograd.Function):
+    """An attention whose backward pass runs out of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor) -> Tensor:
+        return query.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+
+def test_a_backward_pass_that_raises_leaves_the_settings_to_be_restored() -> None:
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    states = [torch.ones(1, requires_grad=True) for _ in range(3)]
+    for _ in range(2):  # the second finds what the first left
+        attended = fixed_order(lambda query, key, value: Raises.apply(query) + key + value, *states)  # pyright: ignore
+        with pytest.raises(torch.OutOfMemoryError):
+            attended.backward()
+        assert torch.are_deterministic_algorithms_enabled()
+    restore()
+    assert (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory) == before
+
+
 def test_attention_alone_runs_backward_in_a_fixed_order() -> None:
     """Determinism is on while attention's gradients are computed, and as it was before and after."""
     seen: list[tuple[str, bool, bool]] = []
@@ -246,7 +271,7 @@ def test_attention_alone_runs_backward_in_a_fixed_order() -> None:
 
 
 def chosen(asked: str = "auto", dtype: torch.dtype = torch.bfloat16, **others: Any) -> tuple[str, str]:
-    found = choose_kernels(KernelsConfig(attention=asked), torch.device("cuda", 0), dtype, **others)  # pyright: ignore
+    found = choose_kernels(KernelsConfig(attention=asked, layers="torch"), torch.device("cuda", 0), dtype, **others)  # pyright: ignore
     return found.attention, dict(found.reasons).get("attention", "")
 
 

@@ -199,6 +199,9 @@ def test_the_draw_is_an_op_that_graphs_can_hold() -> None:
 
 @pytest.mark.long
 def test_kernels_in_the_interpreter_compute_their_mask_times_x() -> None:
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip("Triton's interpreter before 3.9 fails on NumPy 2.4")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.interpreted_lora"]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)

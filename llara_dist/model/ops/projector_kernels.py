@@ -254,12 +254,14 @@ def write(
     launches = Launches.of(num_items, compute)
     item_table, w1, w2 = item_table.contiguous(), w1.contiguous(), w2.contiguous()
     hidden = torch.empty((num_items, num_hidden), dtype=compute, device=row.device)
-    hidden_kernel[launches.grid(num_hidden)](
-        item_table, unique_items, w1, b1, hidden, num_items, num_hidden, item_dim, **launches.hidden
-    )
-    output_kernel[launches.grid(width)](
-        hidden, w2, b2, item_slots, item_offsets, row, row.stride(0), num_items, num_hidden, width, **launches.output
-    )
+    with torch.cuda.device_of(row):
+        hidden_kernel[launches.grid(num_hidden)](
+            item_table, unique_items, w1, b1, hidden, num_items, num_hidden, item_dim, **launches.hidden
+        )
+        output_kernel[launches.grid(width)](
+            hidden, w2, b2, item_slots, item_offsets, row, row.stride(0), num_items, num_hidden, width,
+            **launches.output,
+        )  # fmt: skip
 
 
 def gradients(
@@ -275,15 +277,16 @@ def gradients(
     launches = Launches.of(num_items, compute)
     item_table, w1, w2 = item_table.contiguous(), w1.contiguous(), w2.contiguous()
     sums = torch.empty((num_items, width), dtype=compute, device=gradient.device)
-    slot_sum_kernel[launches.slot_sum_grid(width)](
-        gradient, gradient.stride(0), item_slots, item_offsets, sums, width, **launches.slot_sum
-    )
     hidden = torch.empty((num_items, num_hidden), dtype=compute, device=gradient.device)
     pre_gradient = torch.empty_like(hidden)
-    hidden_backward_kernel[launches.grid(num_hidden)](
-        item_table, unique_items, w1, b1, w2, sums, hidden, pre_gradient, num_items, num_hidden, item_dim, width,
-        **launches.hidden_backward,
-    )  # fmt: skip
+    with torch.cuda.device_of(gradient):
+        slot_sum_kernel[launches.slot_sum_grid(width)](
+            gradient, gradient.stride(0), item_slots, item_offsets, sums, width, **launches.slot_sum
+        )
+        hidden_backward_kernel[launches.grid(num_hidden)](
+            item_table, unique_items, w1, b1, w2, sums, hidden, pre_gradient, num_items, num_hidden, item_dim, width,
+            **launches.hidden_backward,
+        )  # fmt: skip
     items = item_table[unique_items].to(compute)
     return (
         _product(pre_gradient, items),
