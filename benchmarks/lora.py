@@ -4,13 +4,13 @@
 
 Both run by turns in one process, forward and backward; a ratio is of their medians. Times are of the clock on a GPU and
 of the process on the CPU. On a GPU the layers have the shapes of a Llama 7B and 8192 tokens, on the CPU an eighth of
-that width. Kept is what the forward pass leaves for the backward pass, parameters not counted.
+that width. Kept is what the forward pass leaves for the backward pass, parameters not counted. The results are written
+after every case: a run that is broken off leaves those that it measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
+from llara_dist.integrity import write_json
 from llara_dist.model.fused_lora import fuse_lora
 from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.stream.batch import collate
@@ -36,12 +37,28 @@ SIZES = {
     "cpu": {"tokens": 4161, "linears": ((512, 512), (512, 1376), (1376, 512))},
     "cuda": {"tokens": 8192, "linears": ((4096, 4096), (4096, 11008), (11008, 4096))},
 }
-LLAMAS = {
-    "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4},
-    "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4},
+LLAMAS: dict[str, dict[str, int]] = {
+    "cpu": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "cuda": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SAMPLES = {"cpu": 64, "cuda": 140}
+KINDS = ("peft", "fused")
+DROPOUTS = (0.0, 0.1)
+
+Run = tuple[nn.Module, Callable[[], Tensor]]
+"""a module, and its forward pass to a scalar"""
 
 
 def main() -> None:
@@ -52,38 +69,40 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(f"{'case':40} {'PEFT ms':>9} {'fused ms':>9} {'ratio':>6} {'PEFT MB kept':>13} {'fused MB kept':>14}")
-    cases = []
-    for bits in (4, 16 if device.type == "cuda" else 32):
-        for dropout in (0.0, 0.1):
-            for inputs, outputs in SIZES[device.type]["linears"]:
-                name = f"linear {inputs} to {outputs}, {bits} bits, p={dropout}"
-                runs = {kind: linear(kind, inputs, outputs, bits, dropout, device, dtype) for kind in ("peft", "fused")}
-                cases.append(compare(name, runs, device, options.repeats))
-    with tempfile.TemporaryDirectory() as folder:
-        write_shape(Path(folder), **LLAMAS[device.type], **HEADS)
-        for dropout in (0.0, 0.1):
-            for recompute in (False, True):
-                name = f"Llama step, 4 bits, p={dropout}" + (", recomputed" if recompute else "")
-                runs = {kind: llama(kind, folder, dropout, recompute, device) for kind in ("peft", "fused")}
-                cases.append(compare(name, runs, device, options.repeats))
     packages = ("torch", "transformers", "peft", "bitsandbytes", "triton", "numpy")
-    result = {
+    result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "dtype": str(dtype),
         "tokens_of_linears": SIZES[device.type]["tokens"],
+        "layers_of_the_llama": LLAMAS[device.type]["num_hidden_layers"],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "cases": cases,
+        "cases": [],
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+    def measure(name: str, runs: dict[str, Run]) -> None:
+        result["cases"].append(compare(name, runs, device, options.repeats))
+        if options.out:
+            write_json(options.out, result)
+
+    print(f"{'case':40} {'PEFT ms':>9} {'fused ms':>9} {'ratio':>6} {'PEFT MB kept':>13} {'fused MB kept':>14}")
+    for bits in (4, 16 if device.type == "cuda" else 32):
+        for inputs, outputs in SIZES[device.type]["linears"]:
+            runs = {kind: linear(kind, inputs, outputs, bits, device, dtype) for kind in KINDS}
+            for dropout in DROPOUTS:
+                arrange(runs, dropout)
+                measure(f"linear {inputs} to {outputs}, {bits} bits, p={dropout}", runs)
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama(Path(folder), device, dtype)
+        runs = {kind: llama(kind, folder, device) for kind in KINDS}
+    for dropout in DROPOUTS:
+        for recompute in (False, True):
+            arrange(runs, dropout, recompute)
+            measure(f"Llama step, 4 bits, p={dropout}" + (", recomputed" if recompute else ""), runs)
 
 
-def linear(
-    kind: str, inputs: int, outputs: int, bits: int, dropout: float, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, Callable[[], Tensor]]:
+def linear(kind: str, inputs: int, outputs: int, bits: int, device: torch.device, dtype: torch.dtype) -> Run:
     """One adapted linear layer, and its forward pass to a sum with a fixed gradient."""
     import bitsandbytes
     import peft
@@ -96,7 +115,7 @@ def linear(
         base.load_state_dict(whole.state_dict())
     holder: Any = nn.ModuleDict({"linear": base.to(device).requires_grad_(False)})
     holder.is_loaded_in_4bit = bits == 4
-    settings = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=["linear"])
+    settings = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=max(DROPOUTS), target_modules=["linear"])
     holder = peft.inject_adapter_in_model(settings, holder).to(device).train()
     for matrices in (holder["linear"].lora_A, holder["linear"].lora_B):
         matrices.to(torch.float32)  # as in a run, whatever the layer's weights are
@@ -114,14 +133,23 @@ def linear(
     return holder, forward
 
 
-def llama(
-    kind: Any, folder: str, dropout: float, recompute: bool, device: torch.device
-) -> tuple[nn.Module, Callable[[], Tensor]]:
+def write_llama(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """A random Llama made on the device and stored in the type it computes in: at a 7B's width both save minutes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            write_shape(folder, max_position_embeddings=8192, **LLAMAS[device.type])
+    finally:
+        torch.set_default_dtype(before)
+
+
+def llama(kind: Any, folder: str, device: torch.device) -> Run:
     """A whole HybridLlama with NF4 weights on one packed row."""
     table = torch.randn(ITEMS, ITEM_DIM, generator=torch.Generator().manual_seed(0))
     model = build_hybrid_llama(
-        ModelConfig(path=folder, bits=4, activation_checkpointing=recompute),
-        LoraConfig(dropout=dropout),
+        ModelConfig(path=folder, bits=4, activation_checkpointing=True),
+        LoraConfig(dropout=max(DROPOUTS)),
         ProjectorConfig(),
         table,
         device,
@@ -133,9 +161,19 @@ def llama(
     return model, lambda: model(batch)
 
 
-def compare(
-    name: str, runs: dict[str, tuple[nn.Module, Callable[[], Tensor]]], device: torch.device, repeats: int
-) -> dict[str, Any]:
+def arrange(runs: dict[str, Run], dropout: float, recompute: bool = False) -> None:
+    """Another dropout in the same modules, and whether layers are recomputed: nothing is loaded and quantised twice."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for model, _ in runs.values():
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            elif isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = recompute
+
+
+def compare(name: str, runs: dict[str, Run], device: torch.device, repeats: int) -> dict[str, Any]:
     """Time of both by turns, bytes kept, and on CUDA the peak beyond what was there."""
     found: dict[str, Any] = {"name": name}
     seconds: dict[str, list[float]] = {kind: [] for kind in runs}
