@@ -19,7 +19,6 @@ items. Its time is, per pass, the larger of bytes ÷ bandwidth and FLOPs ÷ matr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -27,7 +26,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +40,7 @@ from llara_dist.cost.architecture import PRESETS
 from llara_dist.cost.flops import step_flops
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes, Work
+from llara_dist.integrity import json_text, write_json
 from llara_dist.model.ops.projector import project_reference, write_behaviour_, write_reference
 
 ITEM_DIM, WIDTH = 64, 4096
@@ -81,20 +81,16 @@ def main() -> None:
     parser.add_argument("--hardware", help="default: the GPU's name, or the number of CPU cores")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if not options.compile_only and options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here; --device cpu or --compile_only")
     result: dict[str, Any] = {"what": "benchmarks/projector.py", "versions": versions()}
-    if options.compile_only:
-        result["kernels"] = compile_kernels(options.targets, options.compute)
-        print_table(result["kernels"])
-    else:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("no GPU here; --device cpu or --compile_only")
-        result |= measure(options)
-        print_table(result["table"])
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    else:
-        print(text)
+    for found in [compile_kernels(options.targets, options.compute)] if options.compile_only else measure(options):
+        result |= found
+        if options.out:
+            write_json(options.out, result)
+    print_table(result["kernels" if options.compile_only else "table"])
+    if not options.out:
+        print(json_text(result), end="")
 
 
 def versions() -> dict[str, str]:
@@ -208,15 +204,26 @@ def seconds(call: Callable[[], Any], flush: Tensor | None) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def measure(options: Any) -> dict[str, Any]:
-    """All arms at every number of items, beside the floor."""
+def measure(options: Any) -> Iterator[dict[str, Any]]:
+    """All arms at every number of items, beside the floor; yields what is known after each number of items and pass."""
     on_gpu = options.device == "cuda"
     tokens = options.tokens or (8192 if on_gpu else 2048)
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda") if on_gpu else None
     peaks = measure_peaks(options.device, flush)
     arms: dict[str, Callable[[Row], Tensor]] = {"eager": eager, "compiled": compiled}
     arms |= {"fused": fused} if on_gpu else {"eager, every slot": eager_every_slot}
-    table = []
+    machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} {platform.machine()} CPU cores"
+    table: list[dict[str, Any]] = []
+    described = {
+        "hardware": options.hardware or machine,
+        "threads": torch.get_num_threads(),
+        "note": "" if on_gpu else "no GPU took part: the fused kernels are not measured, the eager reference is",
+        "shape": {"d": ITEM_DIM, "m": options.width, "h": options.width, "T": tokens},
+        "compute": "bfloat16" if on_gpu else "float32",
+        "rounds": options.rounds,
+        "measured_peaks": peaks,
+        "share_of_a_step": step_share(options.items, options.slots, 8192),
+    }
     for items in options.items:
         row = make_row(items, options.slots, tokens, options.width, options.device)
         floors = floor(row, peaks)
@@ -232,19 +239,7 @@ def measure(options: Any) -> dict[str, Any]:
                     | {"over floor": round(median / limit, 2)}
                     | {"eager over this": round(statistics.median(values["eager over"]), 3)}
                 )
-    name = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} {platform.machine()} CPU cores"
-    return {
-        "hardware": options.hardware or name,
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "note": "" if on_gpu else "no GPU took part: the fused kernels are not measured, the eager reference is",
-        "shape": {"d": ITEM_DIM, "m": options.width, "h": options.width, "T": tokens},
-        "compute": "bfloat16" if on_gpu else "float32",
-        "rounds": options.rounds,
-        "measured_peaks": peaks,
-        "share_of_a_step": step_share(options.items, options.slots, 8192),
-        "table": table,
-    }
+            yield {**described, "load_average": os.getloadavg(), "table": table}
 
 
 def take_turns(
@@ -310,7 +305,7 @@ MULTIPLES_OF_16 = ("num_hidden", "item_dim", "width", "row_stride", "gradient_st
 """sizes at 7B shapes that Triton then knows to be multiples of 16"""
 
 
-def compile_kernels(targets: list[int], computes: list[str]) -> list[dict[str, Any]]:
+def compile_kernels(targets: list[int], computes: list[str]) -> dict[str, Any]:
     """Every kernel in every tiling that the launcher chooses, and what ptxas made of it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -342,7 +337,7 @@ def compile_kernels(targets: list[int], computes: list[str]) -> list[dict[str, A
                         {"target": f"sm_{target}", "compute": compute, "U tile": items, "kernel": name}
                         | {"warps": options["num_warps"], **resources(built)}
                     )
-    return found
+    return {"kernels": found}
 
 
 def argument_type(name: str, element: str) -> str:

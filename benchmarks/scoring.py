@@ -6,7 +6,8 @@ Ours reads each prompt once and scores its 20 candidates behind it in one sequen
 The other way gives every candidate a sequence of its own, prompt and answer, written with care: rows of similar length
 padded to the longest on the right, the head at the answers' positions only, batches as large as --tokens allows. Both
 start from the same samples, hybrid, and give float64 log-likelihoods, which must agree (float32: within 1e-4) before
-any time counts. They take turns, row batch by row batch; medians over the rounds, ratios within a round.
+any time counts. They take turns, row batch by row batch; medians over the rounds, ratios within a round. The result is
+written after every round: a run that is broken off leaves the rounds that it measured.
 
 The model has random NF4 weights: Llama-2-7B's shape on a GPU, a small one on a CPU.
 """
@@ -14,12 +15,11 @@ The model has random NF4 weights: Llama-2-7B's shape on a GPU, a small one on a 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from llara_dist.evaluation.answers import answer_tokens
 from llara_dist.evaluation.language_model import hidden_states, token_embeddings, vocabulary_logits
 from llara_dist.evaluation.prompts import read_prompts
 from llara_dist.evaluation.scoring import score_candidates
+from llara_dist.integrity import json_text, write_json
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.stream.batch import collate
@@ -78,18 +79,17 @@ def main() -> None:
             "rows_at_once": rows,
             "candidates_a_row": len(batches[0][0].candidates),
             "tokens_of_a_prompt": round(statistics.mean(s.answer_start for batch in batches for s in batch), 1),
-            "rounds": options.rounds,
-            **measure(model, batches, answers, tokens),
+            "tolerance_nats": TOLERANCE[options.device],
+            "target": TARGET,
         }
-    difference, tolerance = result["largest_difference_nats"], TOLERANCE[options.device]
-    reached = result["ours_is_faster_by"]["median"]
-    result |= {"tolerance_nats": tolerance, "target": TARGET, "met": reached >= TARGET}
-    result["seconds"] = round(time.perf_counter() - begun, 1)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        for measured in measure(model, batches, answers, tokens):
+            result |= measured
+            result["met"] = result["ours_is_faster_by"]["median"] >= TARGET
+            result["seconds"] = round(time.perf_counter() - begun, 1)
+            if options.out:
+                write_json(options.out, result)
+    print(json_text(result), end="")
+    difference, tolerance = result["largest_difference_nats"], result["tolerance_nats"]
     if not difference <= tolerance:
         raise SystemExit(f"log-likelihoods differ by {difference} nats, more than {tolerance}")
 
@@ -127,8 +127,10 @@ def load_titles(data: Path) -> list[str]:
     return load_dataset(data).titles
 
 
-def measure(model: HybridLlama, batches: list[list[Sample]], answers: list[np.ndarray], tokens: int) -> dict[str, Any]:
-    """Both ways on every batch; the first warms up and is not counted."""
+def measure(
+    model: HybridLlama, batches: list[list[Sample]], answers: list[np.ndarray], tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Both ways on every batch; yields what is known after each but the first, which warms up and is not counted."""
     ways: dict[str, Callable[[list[Sample]], np.ndarray]] = {
         "shared_prompt": lambda samples: shared_prompt(model, samples, answers),
         "separate_sequences": lambda samples: separate_sequences(model, samples, answers, tokens),
@@ -144,15 +146,18 @@ def measure(model: HybridLlama, batches: list[list[Sample]], answers: list[np.nd
             if turn:
                 seconds[name].append((time.perf_counter() - begun) / len(samples))
                 cpu[name].append((time.process_time() - begun_cpu) / len(samples))
-        worst = max(worst, float(np.abs(found["shared_prompt"] - found["separate_sequences"]).max()))
+        difference = np.abs(found["shared_prompt"] - found["separate_sequences"]).max()
+        worst = float(np.maximum(worst, difference))  # what is no number stays so
         say(f"round {turn}: largest difference so far {worst:.1e} nats")
-    return {
-        "seconds_a_row": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds_a_row": {name: spread(values) for name, values in cpu.items()},
-        "ours_is_faster_by": ratios(seconds),
-        "ours_takes_less_cpu_by": ratios(cpu),
-        "largest_difference_nats": worst,
-    }
+        if turn:
+            yield {
+                "rounds": turn,
+                "seconds_a_row": {name: spread(values) for name, values in seconds.items()},
+                "cpu_seconds_a_row": {name: spread(values) for name, values in cpu.items()},
+                "ours_is_faster_by": ratios(seconds),
+                "ours_takes_less_cpu_by": ratios(cpu),
+                "largest_difference_nats": worst,
+            }
 
 
 def ratios(taken: dict[str, list[float]]) -> dict[str, float]:
