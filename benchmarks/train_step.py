@@ -19,8 +19,9 @@ text trainers on the same text-only samples, dropout off and all adapters at the
 Each arm is a process of its own. On the CPU they take turns, step by step, in an order that rotates; on a GPU, which
 holds one 7B model's step at a time, each computes all its steps in turn. Medians over the rounds; a ratio is the median
 of the rounds' ratios. Other work on a CPU's cores distorts wall time; the result has CPU seconds beside it, which it
-distorts less. Without --shards the inputs are a synthetic world with MovieLens' lengths and a Llama with random
-NF4 weights (Llama-2-7B's shape on a GPU).
+distorts less. The result is written after every arm, on the CPU after every round, and names the arms that are still to
+come: a run that is broken off leaves what it measured. Without --shards the inputs are a synthetic world with
+MovieLens' lengths and a Llama with random NF4 weights (Llama-2-7B's shape on a GPU).
 
 MFU counts what the mathematics of a step needs (llara_dist/cost/flops.py: about 4 N FLOPs a token, no recomputation, no
 padding, head and last layer for the answers alone), the same for every arm, against a matrix product measured in the
@@ -38,6 +39,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ from llara_dist.cost.architecture import Architecture
 from llara_dist.cost.flops import step_flops
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import Work
-from llara_dist.integrity import read_json
+from llara_dist.integrity import json_text, read_json, write_json
 from llara_dist.model.llama import read_llama_config
 from llara_dist.model.quantize import quantize
 from llara_dist.recommenders.item_table import load_item_table
@@ -68,6 +70,8 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
 TARGETS = {"cpu": {PUBLISHED: 3.0, TRAINER: 1.5}, "cuda": {TRAINER: 2.5, **dict.fromkeys(PEERS, 1.25)}}
 """how many times as fast we want to be"""
 TARGET_MFU = {"cuda": 0.55}
+LAST_LINES = 25
+"""shown of what an arm that fails has printed"""
 
 
 def main() -> None:
@@ -82,34 +86,33 @@ def main() -> None:
         names = [MATRIX, OURS, PUBLISHED, TRAINER, *PEERS]
         if options.arms:
             names = [MATRIX, OURS, *(name for name in names if name in options.arms and name not in (MATRIX, OURS))]
-        arms.measure(names, options.ablate)
-        result = {
-            "what": "benchmarks/train_step.py",
-            "hardware": hardware(setup.device, setup.threads),
-            "versions": versions(options.peers),
-            "load_average": os.getloadavg(),
-            "model": {"shape": options.shape, "path": options.model},
-            "sizes": {
-                "samples_a_step": setup.global_batch,
-                "tokens_a_step": round(statistics.mean(step.tokens for step in work)),
-                "most_tokens_of_a_packed_row": setup.budget,
-                "rows_of_a_padded_micro_batch": setup.rows,
-                "rounds": setup.steps - 1,
-                "threads": setup.threads,
-            },
-            "same_loss": check_losses(arms, setup),
-            "ours_kernels": arms.facts[OURS].get("kernels_shown", ""),
-            **report(arms, setup, work),
-            "seconds": {"inputs": round(prepared, 1)},
-        }
-    result["seconds"]["all"] = round(time.perf_counter() - begun, 1)
+        result: dict[str, Any] = {}
+        for to_come in arms.measure(names, options.ablate):
+            result = {
+                "what": "benchmarks/train_step.py",
+                "hardware": hardware(setup.device, setup.threads),
+                "versions": versions(options.peers),
+                "load_average": os.getloadavg(),
+                "model": {"shape": options.shape, "path": options.model},
+                "sizes": {
+                    "samples_a_step": setup.global_batch,
+                    "tokens_a_step": round(statistics.mean(step.tokens for step in work)),
+                    "most_tokens_of_a_packed_row": setup.budget,
+                    "rows_of_a_padded_micro_batch": setup.rows,
+                    "rounds": len(arms.steps[OURS]),
+                    "threads": setup.threads,
+                },
+                "arms_to_come": to_come,
+                "same_loss": check_losses(arms, setup),
+                "ours_kernels": arms.facts[OURS].get("kernels_shown", ""),
+                **report(arms, setup, work),
+                "seconds": {"inputs": round(prepared, 1), "all": round(time.perf_counter() - begun, 1)},
+            }
+            if options.out:
+                write_json(options.out, result)
     print(table(result))
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
-    else:
-        print(text)
+    if not options.out:
+        print(json_text(result), end="")
     if not result["same_loss"]["within_tolerance"]:
         raise SystemExit("the arms do not compute the same loss: their times cannot be compared")
 
@@ -207,35 +210,40 @@ class Arms:
         self._peers = peers
         self._running: dict[str, Worker] = {}
 
-    def measure(self, names: list[str], ablate: bool) -> None:
-        """Run the arms; where `ablate`, also the variants of ours that differ from what it chose, and one peer's."""
+    def measure(self, names: list[str], ablate: bool) -> Iterator[list[str]]:
+        """Run the arms; where `ablate`, also the variants of ours that differ from what it chose, and one peer's.
+
+        Yields:
+            The arms to come, whenever the others have been timed equally often: after each arm, on a CPU each round.
+
+        Raises:
+            SystemExit: what all else is compared with does not run.
+        """
         together = self.setup.device == "cpu"
         waiting, running = list(names), []
         while waiting:
             name = waiting.pop(0)
-            if not self._start(name):
-                continue
-            if name == OURS and ablate:
-                chosen = self.facts[OURS]["kernels"]
-                waiting[:0] = [f"{OURS}, {field}={off}" for field, off in OFF.items() if chosen[field] != off]
-            if name == TRAINER and ablate:
-                waiting.insert(0, GROUPED)
-            if together:
+            if self._start(name):
                 running.append(name)
-            else:
-                self._turns([name])
-                self._stop(name)
-        self._turns(running)
-        for name in running:
-            self._stop(name)
-
-    def _turns(self, running: list[str]) -> None:
-        for turn in range(self.setup.steps - 1):
-            first = turn % max(1, len(running))
-            for name in running[first:] + running[:first]:
-                measured = self._step(name)
-                if measured is not None:
-                    self.steps[name].append(measured)
+                if name == OURS and ablate:
+                    chosen = self.facts[OURS]["kernels"]
+                    waiting[:0] = [f"{OURS}, {field}={off}" for field, off in OFF.items() if chosen[field] != off]
+                if name == TRAINER and ablate:
+                    waiting.insert(0, GROUPED)
+            if together and waiting:
+                continue
+            for turn in range(self.setup.steps - 1):
+                first = turn % max(1, len(running))
+                for each in running[first:] + running[:first]:
+                    measured = self._step(each)
+                    if measured is not None:
+                        self.steps[each].append(measured)
+                if together:
+                    yield []
+            while running:
+                self._stop(running.pop())
+            if not together and self.steps.get(OURS):
+                yield list(waiting)
 
     def _start(self, name: str) -> bool:
         """Start an arm and let it warm up on one step."""
@@ -255,11 +263,11 @@ class Arms:
         log = Path(self.setup.scratch) / f"{len(self.facts)}.log"
         worker = Worker(python, [name, self.setup.write()], environment, log)
         self._running[name], self.steps[name] = worker, []
-        alive = worker.wait_ready() and self._step(name) is not None
+        if not worker.wait_ready():
+            self._failed(name)
+        alive = self._step(name) is not None
         self.facts[name] = worker.facts
         if not alive:
-            self.reasons[name] = worker.reason
-            say(f"{name}: does not run here: {worker.reason}")
             self._stop(name)
         return alive
 
@@ -269,11 +277,19 @@ class Arms:
             return None
         measured = worker.step()
         if measured is None:
-            self.reasons[name] = worker.reason
-            say(f"{name}: failed: {worker.reason}")
+            self._failed(name)
         else:
             say(f"{name}: {measured['seconds']:.2f} s")
         return measured
+
+    def _failed(self, name: str) -> None:
+        """Note why, and show the end of what the arm printed, which is gone with the scratch folder."""
+        worker = self._running[name]
+        self.reasons[name] = worker.reason
+        printed = worker.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        say("\n".join([*printed, f"{name}: does not run here: {worker.reason}"]))
+        if name in (MATRIX, OURS):
+            raise SystemExit(f"{name} does not run: there is nothing to compare with")
 
     def _stop(self, name: str) -> None:
         self._running.pop(name).stop()
@@ -303,11 +319,12 @@ def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
     """Rates, memory, MFU and ratios of every arm; whether the targets are met."""
     architecture = Architecture.of(read_llama_config(ModelConfig(path=setup.model)))
     items = load_item_table(Path(setup.recommender))
+    timed = work[1 : 1 + len(arms.steps[OURS])]
     flops = {}
     for last_layer in ("answers", "all"):
         config = setup.run_config("cost", KernelsConfig(last_layer=last_layer))
         model = TunedModel.of(config, architecture, (items.num_items, items.dim), setup.device == "cuda")
-        flops[last_layer] = [step_flops(model, step).model for step in work[1:]]
+        flops[last_layer] = [step_flops(model, step).model for step in timed]
     matrix = statistics.median(step["flops_per_second"] for step in arms.steps[MATRIX])
     ours, ours_cpu = ([step[kind] for step in arms.steps[OURS]] for kind in ("seconds", "cpu_seconds"))
     rows: dict[str, Any] = {}
@@ -320,7 +337,7 @@ def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
         seconds, cpu = ([step[kind] for step in steps] for kind in ("seconds", "cpu_seconds"))
         rows[name] = {
             "samples_per_second": spread([setup.global_batch / value for value in seconds]),
-            "tokens_per_second": spread([step.tokens / value for step, value in zip(work[1:], seconds, strict=True)]),
+            "tokens_per_second": spread([step.tokens / value for step, value in zip(timed, seconds, strict=True)]),
             "padded_share": padded_share(steps),
             "peak_bytes": max(step["peak_bytes"] for step in steps),
             "cpu_seconds_a_step": spread(cpu),
