@@ -181,8 +181,7 @@ class ModelBench:
         """Tokens per second of one window: the rows of a step, over and over, as many as take a window's time."""
         rows, model = self._step_rows(setting.tokens), self.model(setting)
 
-        def window(count: int) -> tuple[int, float]:
-            chosen = [rows[place % len(rows)] for place in range(count)]
+        def window(chosen: list[Batch]) -> tuple[int, float]:
             self._synchronise()
             started = time.perf_counter()
             for row in chosen:
@@ -193,9 +192,14 @@ class ModelBench:
             return sum(row.num_tokens for row in chosen), seconds
 
         if setting not in self._window_rows:
-            self._attempt(lambda: window(1))  # compiles, and looks for the fastest kernels: its time says nothing
-            self._window_rows[setting] = max(1, math.ceil(self._window_s / self._attempt(lambda: window(1))[1]))
-        tokens, seconds = self._attempt(lambda: window(self._window_rows[setting]))
+            first = rows[:1]
+            self._attempt(lambda: window(first))  # compiles, and looks for the fastest kernels: its time says nothing
+            count = max(1, math.ceil(self._window_s / self._attempt(lambda: window(first))[1]))
+            # A row of another length or number of items may take another variant of a kernel, which compiles once more.
+            self._attempt(lambda: window(rows[1:count]))
+            self._window_rows[setting] = count
+        chosen = [rows[place % len(rows)] for place in range(self._window_rows[setting])]
+        tokens, seconds = self._attempt(lambda: window(chosen))
         self._trial_s = max(self._trial_s, seconds)
         return tokens / seconds
 
