@@ -14,7 +14,14 @@ settings.load_profile("no deadline")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_configure() -> None:
+    """Where there is a GPU, each run decides itself what DeepSpeed computes on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session")
