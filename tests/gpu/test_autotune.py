@@ -53,7 +53,7 @@ def test_a_whole_search(inputs: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(command, "WINDOW_S", 0.02)
     monkeypatch.setattr(search, "COMPILE_S", 1e9)
     config = dataclasses.replace(run_config(inputs, tmp_path / "tuned.yaml"), device="cuda")
-    result = command.tune(config, seconds=100.0)
+    result = command.tune(config, seconds=40.0)
     refused = [trial for trial in result["trials"] if trial["verdict"].startswith(("failed", "refused"))]
     assert refused == []
     assert all(trial["peak_bytes"] for trial in result["trials"] if trial["tokens_per_s"])
