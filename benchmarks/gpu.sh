@@ -49,7 +49,7 @@ step() {
     local name=$1 limit=$2 begun=$SECONDS left=$((deadline - SECONDS)) code
     [ "$only" = "  " ] || [[ $only == *" $name "* ]] || return
     shift 2
-    [ -n "$dry" ] && limit=$((limit * 4))
+    [ -n "$dry" ] && limit=$((limit * 10))
     [ "$only" != "  " ] || [ "$left" -lt "$limit" ] && limit=$left
     printf '\n== %s: %s\n' "$name" "$*" | tee -a "$log"
     if [ "$limit" -lt 15 ]; then
@@ -74,7 +74,7 @@ tests() {
 
 if [ -n "$dry" ]; then
     shape=tiny sizes=(--samples 4 --rounds 1 --budget 1024) scored=(--rows 2 --rounds 1) batch=4 budget=1024
-    projector=(--device cpu --items 32 --width 128 --tokens 256 --rounds 2)
+    projector=(--device cpu --items 32 --slots 64 --width 128 --tokens 256 --rounds 2)
     lora=(--repeats 2) attention=(--repeats 2 --tokens 1000)
 else
     shape=7b sizes=(--quick) scored=(--rows 16 --rounds 4) batch=32 budget=4096
