@@ -1,10 +1,11 @@
 """The published method's own way, written anew from the paper's description (LLaRA, sections 3.2 and 3.3).
 
-Prompts are padded to the longest of the micro-batch. Behaviour tokens are placed by Python loops over samples and
-slots, one projected embedding at a time. The model computes logits of the whole vocabulary at every position and the
-loss over all of them, where all but the answer's are ignored. The base model is not quantised: bfloat16 with bfloat16
-adapters on a GPU, float32 on a CPU, where bfloat16 is several times slower. Its weights are what the other arms' NF4
-weights stand for, so that losses can be compared.
+Prompts are padded to the longest of the micro-batch. Behaviour tokens are placed by a Python loop over samples: one
+call of the projector for all slots of a sample, with no regard to items that other samples have too; then an
+inner loop writes slot by slot. The model computes logits of the whole vocabulary at every position and the loss over
+all of them, where all but the answer's are ignored. The base model is not quantised: bfloat16 with bfloat16 adapters on
+a GPU, float32 on a CPU, where bfloat16 is several times slower. Its weights are what the other arms' NF4 weights stand
+for, so that losses can be compared.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ from llara_dist.stream.reader import ShardSet
 
 CHECKED_SAMPLES = 4
 """the first samples of the first step, whose loss all arms compute before anything is timed"""
+LONGEST_SAMPLE = 1024
+"""tokens that no sample exceeds, and so the shortest packed row that holds any"""
 IGNORED = -100
 """label of a position that no loss is computed at"""
 ROOT = Path(__file__).parents[2]

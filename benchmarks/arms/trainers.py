@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms.setup import Setup, set_trained, text_loss, text_rows, trained
+from benchmarks.arms.setup import LONGEST_SAMPLE, Setup, set_trained, text_loss, text_rows, trained
 from benchmarks.arms.turns import Turns
 from llara_dist.model.nf4 import silence_import
 
@@ -58,7 +58,10 @@ def turn_callback(turns: Turns, counting: Counting) -> Any:
 
 
 def training_arguments(setup: Setup, rows: int) -> dict[str, Any]:
-    """Arguments that TrainingArguments and its descendants take; no logging, no checkpoints."""
+    """Arguments that TrainingArguments and its descendants take; no logging, no checkpoints.
+
+    The optimizer is the one that they take unasked: AdamW, PyTorch's fused one from torch 2.8 on.
+    """
     rates = setup.optimizer
     return {
         "output_dir": setup.scratch,
@@ -69,7 +72,6 @@ def training_arguments(setup: Setup, rows: int) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.0,
         "max_grad_norm": rates.max_grad_norm,
-        "optim": "adamw_torch",
         "bf16": setup.device == "cuda",
         "use_cpu": setup.device == "cpu",
         "dataloader_num_workers": 2 if setup.device == "cuda" else 0,
@@ -159,12 +161,15 @@ def run_sft(setup: Setup, turns: Turns, rows: int) -> None:
 
 
 def run_unsloth(setup: Setup, turns: Turns, rows: int) -> None:
-    """Unsloth's FastLanguageModel under TRL's SFTTrainer, which it patches; padding-free where it agrees to that."""
+    """Unsloth's FastLanguageModel under TRL's SFTTrainer, which it patches; padding-free where it agrees to that.
+
+    Its loss is not compared with ours.
+    """
     require("unsloth", "trl", "datasets")
     import unsloth  # pyright: ignore[reportMissingImports]
 
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        setup.model, max_seq_length=1024, dtype=setup.dtype, load_in_4bit=True, local_files_only=True
+        setup.model, max_seq_length=LONGEST_SAMPLE, dtype=setup.dtype, load_in_4bit=True, local_files_only=True
     )
     tokenizer.pad_token = tokenizer.eos_token
     model = unsloth.FastLanguageModel.get_peft_model(
@@ -176,7 +181,7 @@ def run_unsloth(setup: Setup, turns: Turns, rows: int) -> None:
         use_gradient_checkpointing=False,
     )
     set_trained(trained(model))
-    turns.ready(rows=rows)
+    turns.ready(rows=rows, loss="not compared")
     train_sft(setup, turns, rows, model, tokenizer)
 
 
@@ -205,14 +210,19 @@ def train_sft(setup: Setup, turns: Turns, rows: int, model: Any, tokenizer: Any)
 
 
 def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
-    """LLaMA-Factory's supervised fine-tuning, packed without contamination; it tokenises the prompts' text itself."""
+    """LLaMA-Factory's supervised fine-tuning, packed with attention inside each sample (its `neat_packing`).
+
+    It tokenises the prompts' text itself, chooses which samples share a row, fills each row up with padding and
+    shuffles rows: a step has about as many samples as ours, not the same, and its loss is not compared. Written from
+    version 0.9.5's source; it has never been run, since that version wants older libraries than this package.
+    """
     require("llamafactory")
     from llamafactory.train.tuner import run_exp  # pyright: ignore[reportMissingImports]
     from transformers import AutoTokenizer, TrainerCallback
 
     tokenizer = AutoTokenizer.from_pretrained(setup.model)
     folder = Path(setup.scratch) / "llama_factory"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a second attempt, with shorter rows
     records, tokens = [], 0
     for step in setup.batches():
         for sample in step:
@@ -230,7 +240,9 @@ def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             turns.end()
 
-    turns.ready(rows=rows, tokens_of_all_rows=tokens)
+    row = max(setup.budget * rows // setup.rows, LONGEST_SAMPLE)
+    rows_a_step = max(1, round(tokens / row / setup.steps))
+    turns.ready(loss="not compared", tokens_of_a_row=row, rows_a_step=rows_a_step, tokens_of_all_samples=tokens)
     run_exp(
         {
             "model_name_or_path": setup.model,
@@ -244,11 +256,15 @@ def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
             "dataset": "rows",
             "dataset_dir": str(folder),
             "template": "empty",
-            "cutoff_len": 1024,
+            "packing": True,
+            "neat_packing": True,
+            "cutoff_len": row,
             "flash_attn": "fa2" if importlib.util.find_spec("flash_attn") is not None else "sdpa",
             "disable_gradient_checkpointing": True,
             "overwrite_output_dir": True,
             **training_arguments(setup, rows),
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": rows_a_step,
         },
         callbacks=[TakeTurns()],
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.arms.setup import Setup
+from benchmarks.arms.setup import LONGEST_SAMPLE, Setup
 from benchmarks.arms.turns import Stopped, Turns
 
 MATRIX = "matrix product"
@@ -22,8 +22,6 @@ GROUPED = "HF Trainer, grouped by length"
 SFT = "TRL, padding-free"
 UNSLOTH = "Unsloth"
 LLAMA_FACTORY = "LLaMA-Factory"
-SMALLEST_BUDGET = 1024
-"""tokens of a packed row that hold any sample"""
 PEERS = (SFT, UNSLOTH, LLAMA_FACTORY)
 
 
@@ -74,7 +72,7 @@ def _arm(name: str, setup: Setup, turns: Turns, rows: int, recompute: bool) -> N
         from llara_dist.config import KernelsConfig
 
         changed = dict([name.removeprefix(OURS).strip(", ").split("=")]) if "=" in name else {}
-        fitting = dataclasses.replace(setup, budget=max(setup.budget * rows // setup.rows, SMALLEST_BUDGET))
+        fitting = dataclasses.replace(setup, budget=max(setup.budget * rows // setup.rows, LONGEST_SAMPLE))
         return ours.run(fitting, turns, f"{name} {rows}", KernelsConfig(**changed), recompute)  # pyright: ignore[reportArgumentType]
     if name == PUBLISHED:
         from benchmarks.arms import published
