@@ -19,6 +19,10 @@ are not recomputed, all after it, have given theirs back.
 
 Of the flash kernels, which run on a GPU alone, the result is also the input of the output projection, and saved once
 unless PEFT's dropout copies it; counted as on the CPU, it is counted twice (c·T·D·H a layer too many).
+
+Liger's kernels (`kernels.layers`), which run on a GPU alone as well, are counted as transformers' own layers, which
+save more: Liger makes the SiLU anew in the backward pass (c·R·m a layer too many), and keeps a norm's input in the type
+that it comes in (2·(T + R)·h too many where that is bfloat16). So a run with Liger needs less than is said here.
 """
 
 from __future__ import annotations

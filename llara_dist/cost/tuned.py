@@ -14,7 +14,7 @@ from llara_dist.model.recomputation import recomputed_layers
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A HybridLlama by its sizes.
+    """A HybridLlama by its sizes. Its layers are taken to be transformers' own, whatever `kernels.layers` comes to.
 
     Attributes:
         architecture: of the frozen language model.
