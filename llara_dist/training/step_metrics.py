@@ -70,6 +70,7 @@ class StepMetrics:
         flops = step_flops(self._model, Work.of(step.microbatches)).model
         sent = self._sent_bytes(len(step.microbatches))
         saving_s, self.saving_s = self.saving_s, 0.0
+        grad_norm = result.grad_norm  # may be read from the device
         return {
             "step": step.index,
             "epoch": step.epoch,
@@ -78,7 +79,7 @@ class StepMetrics:
             "hybrid_share": step.hybrid_samples / step.samples,
             "lora_lr": lora_lr,
             "projector_lr": projector_lr,
-            "grad_norm": None if result.grad_norm is None or math.isinf(result.grad_norm) else result.grad_norm,
+            "grad_norm": None if grad_norm is None or math.isinf(grad_norm) else grad_norm,
             "skipped_steps": run.faults.skipped,
             "samples": step.samples,
             "tokens": step.tokens,
