@@ -18,6 +18,7 @@ from llara_dist.cost.architecture import PRESETS
 from llara_dist.cost.collectives import Traffic
 from llara_dist.cost.command import plan
 from llara_dist.cost.hardware import GPUS, find_gpu, measure_cpu, peak_flops
+from llara_dist.cost.memory import run_memory
 from llara_dist.cost.predict import Cluster, Efficiency, StepTime, communication_seconds, predict_step
 from llara_dist.cost.recommend import MARGIN, WORTH, recommend
 from llara_dist.cost.tuned import TunedModel
@@ -154,6 +155,21 @@ def test_a_small_gpu_recomputes_and_a_too_small_one_is_refused() -> None:
     assert small is not None
     assert small.recompute
     assert recommend(tuned("llama-2-70b"), Cluster(GPUS["rtx-4090"], 1024), SampleSizes(), 1024, STAGES) is None
+
+
+def test_more_layers_than_must_be_are_recomputed_where_that_costs_no_speed() -> None:
+    """With room for 30 of 32, 31 need less memory and are not slower by 5 %; all 32 would need more again."""
+    model, samples = tuned("llama-2-7b"), SampleSizes()
+    row = samples.largest_row(4096, 128, model.items)
+
+    def found(recompute: int) -> int:
+        held = run_memory(dataclasses.replace(model, recompute=recompute), row, ZeroSettings(), 1)
+        gpu = dataclasses.replace(GPUS["h100"], memory_bytes=math.ceil(held.device_bytes / (1 - MARGIN)))
+        best = recommend(model, Cluster(gpu, 1), samples, 128, STAGES, [4096])
+        assert best is not None
+        return best.recompute
+
+    assert [found(recompute) for recompute in (30, 0)] == [31, 0]
 
 
 def test_the_less_memory_the_higher_the_stage() -> None:

@@ -93,6 +93,7 @@ def test_what_is_changed_is_said(inputs: Path, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "model.activation_checkpointing was False, now True" in said
     assert f"data.max_tokens_per_microbatch was {1 << 20}, now {chosen.data.max_tokens_per_microbatch}" in said
+    assert f"{(1 - MARGIN) * 1.7:.1f} may be used" in said
     kept = fit_device(config, keep_budget=True)
     assert kept.data.max_tokens_per_microbatch == 1 << 20
     assert kept.model.activation_checkpointing

@@ -20,6 +20,7 @@ from llara_dist.config import LoraConfig
 from llara_dist.supervision.progress import Phase
 from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
+from llara_dist.training.step_metrics import StepMetrics
 from tests.runs import run_config
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
@@ -74,6 +75,17 @@ class Reads(TorchDispatchMode):
         return read
 
 
+def summed_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """What autograd adds to a parameter's gradient from here on, whatever DeepSpeed does with it."""
+    total = torch.zeros_like(parameter)
+
+    def add(gradient: torch.Tensor) -> None:
+        total.add_(gradient)
+
+    parameter.register_hook(add)
+    return total
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2"])
 def test_a_step_reads_the_device_once_and_a_microbatch_never(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -97,11 +109,21 @@ def test_a_step_reads_the_device_once_and_a_microbatch_never(
             enters(phase, *rest)
 
         monkeypatch.setattr(run.engine.phases, "enter", enter)
+        gradients = [summed_gradient(parameter) for parameter in run.engine.parameters.values()]
         with reads.patched():
             result = run.engine.train_step(steps[1], 1e-3, 1e-3, votes=(False, True))
         assert reads.found == {(Phase.REDUCE, "ours tolist"): 1}
         assert result.votes == (False, True)
-        assert result.grad_norm is not None
-        assert result.grad_norm > 0
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+        assert norm > 0
+
+        # A row of metrics.jsonl, where DeepSpeed alone knows the norm: it is read once.
+        logged, metrics = Reads(), StepMetrics(run)
+        told = dataclasses.replace(result, norm=torch.tensor(2.0))
+        with logged.patched():
+            row = metrics.row(steps[1], told, wait_s=0.0, step_s=1.0)
+        assert row["grad_norm"] == 2.0
+        assert logged.found == {(None, "ours __float__"): 1}
     finally:
         distributed.shut_down()

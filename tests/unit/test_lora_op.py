@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llara_dist.config import KernelsConfig, LoraConfig
+from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.errors import InputError
 from llara_dist.model.fused_lora import fuse_lora
-from llara_dist.model.hybrid import HybridLlama
+from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
 from llara_dist.model.kernels import choose_kernels
 from llara_dist.model.ops.lora import LEVELS, draw_seed, dropout_mask, kept_levels, lora_down, lora_up
 from tests.lora_cases import SCALE, peft_linear, relative_error
@@ -79,21 +79,51 @@ def test_one_layer_is_as_exact_as_pefts(tokens: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("tokens", [9, 341])
-def test_gradients_under_dropout_are_those_of_its_mask(tokens: int) -> None:
+def test_a_layer_in_training_is_the_formula_with_its_mask(tokens: int) -> None:
+    """Result and gradients against float64, the mask drawn again from the seed that the layer draws."""
     torch.manual_seed(tokens)
-    kept, seed = kept_levels(0.3), draw_seed()
-    leaves = [torch.randn(shape, requires_grad=True) for shape in ((tokens, 24), (5, 24), (16, 5))]
-    weight, gradient = torch.randn(16, 24), torch.randn(tokens, 16)
-    x, h = lora_down(leaves[0], leaves[1], torch.float32, kept, seed)
-    y = lora_up(x @ weight.t(), h, leaves[2], SCALE * LEVELS / kept)
+    adapted: Any = peft_linear(nn.Linear(24, 16, bias=False), dropout=0.3).train()
+    fuse_lora(adapted)
+    layer = adapted["linear"]
+    leaves = [
+        torch.randn(tokens, 24, requires_grad=True),
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+    ]
+    gradient = torch.randn(tokens, 16)
+    torch.manual_seed(1)
+    y = layer(leaves[0])
     found = torch.autograd.grad(y, leaves, gradient)
-    mask = dropout_mask(seed, tokens, 24, kept, torch.float64)
+    torch.manual_seed(1)
+    kept = kept_levels(0.3)
+    mask = dropout_mask(draw_seed(), tokens, 24, kept, torch.float64)
     assert 0 < mask.mean() < 1
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     dropped = wide[0] * mask * (LEVELS / kept)
-    exact = wide[0] @ weight.double().t() + SCALE * (dropped @ wide[1].t() @ wide[2].t())
+    exact = wide[0] @ layer.base_layer.weight.double().t() + SCALE * (dropped @ wide[1].t() @ wide[2].t())
     for ours, true in zip((y, *found), (exact, *torch.autograd.grad(exact, wide, gradient.double())), strict=True):
         assert relative_error(ours, true) < 1e-6
+
+
+def test_autocast_says_what_the_products_of_a_float32_input_are_computed_in() -> None:
+    torch.manual_seed(0)
+    adapted: Any = peft_linear(nn.Linear(24, 16, bias=False))
+    fuse_lora(adapted)
+    layer = adapted["linear"]
+    leaves = [torch.randn(5, 24, requires_grad=True), layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    gradient, saved = torch.randn(5, 16), list[Tensor]()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        y = layer(leaves[0])
+    found = torch.autograd.grad(y, leaves, gradient.bfloat16())
+    assert [tensor.dtype for tensor in saved if tensor.shape == (5, 8)] == [torch.bfloat16]  # h
+    assert [tensor.dtype for tensor in (y, *found)] == [torch.bfloat16] + 3 * [torch.float32]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = wide[0] @ layer.base_layer.weight.double().t() + SCALE * (wide[0] @ wide[1].t() @ wide[2].t())
+    for ours, true in zip((y, *found), (exact, *torch.autograd.grad(exact, wide, gradient.double())), strict=True):
+        assert relative_error(ours, true) < 2**-6
 
 
 def test_masks_keep_as_many_as_told_and_know_nothing_of_each_other() -> None:
@@ -172,11 +202,17 @@ def test_wrong_shapes_and_a_missing_seed_are_refused() -> None:
         lora_up(torch.zeros(4, 5), torch.zeros(4, 2), b, 1.0)
 
 
-def test_parameters_that_are_gathered_in_pefts_calls_stay_with_peft() -> None:
+def test_parameters_that_are_gathered_in_pefts_calls_stay_with_peft(folder: Path) -> None:
     auto = choose_kernels(KernelsConfig(), CPU, torch.float32, zero_stage=3)
     assert auto.lora == "peft"
     assert "lora peft (ZeRO stage 3" in str(auto)
     assert choose_kernels(KernelsConfig(), CPU, torch.float32, zero_stage=2).lora == "fused"
+    # What is left for DeepSpeed to place is partitioned.
+    table = torch.zeros(4, 8)
+    model = ModelConfig(path=str(folder))
+    built = build_hybrid_llama(model, LoraConfig(), ProjectorConfig(), table, CPU, seed=0, place=False)
+    assert built.kernels.lora == "peft"
+    assert not any("Fused" in type(module).__name__ for module in built.modules())
     with pytest.raises(InputError, match=r"kernels\.lora=fused.*stage 3.*use peft"):
         choose_kernels(KernelsConfig(lora="fused"), CPU, torch.float32, zero_stage=3)
 

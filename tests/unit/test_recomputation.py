@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llara_dist import distributed
 from llara_dist.config import LoraConfig, ModelConfig, RunConfig
 from llara_dist.cost.architecture import PRESETS
 from llara_dist.cost.memory import GIB, run_memory
-from llara_dist.cost.recommend import fewest_recomputed
+from llara_dist.cost.recommend import MARGIN, fewest_recomputed
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes
 from llara_dist.cost.zero import ZeroSettings
@@ -92,10 +93,16 @@ def test_auto_recomputes_as_few_layers_as_memory_asks_for(
         printed = capsys.readouterr()
         said = printed.out + printed.err
         assert f"to stay under {target:.1f} GiB" in said
-    print(counts)
     layers = read_llama_config(config.model).num_hidden_layers
     assert counts == [0, layers]
     assert "with every layer recomputed" in said
+
+    assert chosen(config) == 0
+    assert f"to stay under {(1 - MARGIN) * 64:.1f} GiB" in capsys.readouterr().out
+    # The rank with the least room decides, here another one.
+    monkeypatch.setattr(distributed, "gather_objects", lambda room: [room, GIB // 2])
+    assert chosen(config) == layers
+    assert "to stay under 0.5 GiB" in capsys.readouterr().out
 
 
 def test_the_fewest_layers_that_fit_are_taken() -> None:
