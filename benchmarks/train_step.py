@@ -36,6 +36,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -63,6 +64,7 @@ from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.stream.batch import collate
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "triton", "liger_kernel", "flash_attn")
+PACKAGES = ("trl", "unsloth", "llamafactory")
 OFF = {"attention": "sdpa", "projector": "eager", "lora": "peft", "layers": "torch", "last_layer": "all"}
 """each optimisation switched off"""
 TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
@@ -403,7 +405,12 @@ def versions(peers: str | None) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     if peers:
-        found["peers"] = peers
+        ask = (
+            "from importlib.metadata import distributions\n"
+            f"print(*(f'{{d.name}}={{d.version}}' for d in distributions() if d.name.lower() in {PACKAGES}))"
+        )
+        told = subprocess.run([peers, "-c", ask], capture_output=True, text=True).stdout
+        found |= dict(item.split("=", 1) for item in told.split())
     return found
 
 
