@@ -62,7 +62,7 @@ class ModelConfig:
             layers == "auto" or (isinstance(layers, int) and layers >= 0),
             f"model.activation_checkpointing={layers}: must be true, false, auto or a number of layers",
         )
-        _require(self.memory_target_gib >= 0, f"model.memory_target_gib={self.memory_target_gib}: not negative")
+        _require(self.memory_target_gib >= 0, f"model.memory_target_gib={self.memory_target_gib}: must not be negative")
 
 
 @dataclass(frozen=True)

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any, get_args, get_type_hints
 
-import torch
-
 from llara_dist.autotune.search import RECOMPUTE, Question, Setting, Trial, label
-from llara_dist.config import KernelsConfig, ModelConfig, RunConfig
-from llara_dist.errors import InputError
-from llara_dist.model.kernels import Kernels, choose_kernels
-from llara_dist.model.llama import compute_dtype, read_llama_config
+from llara_dist.config import KernelsConfig, RunConfig
+from llara_dist.errors import FindingsError
+from llara_dist.model.kernels import Choose, Kernels
 
 ORDER = ("attention", "lora", "layers", "projector", "last_layer")
 """fields of KernelsConfig, those first of which most is expected; `compile` comes last, since it takes longest"""
-
-
-Choose = Callable[[KernelsConfig], Kernels]
-"""what `choose_kernels` makes of a config for the run's model and device"""
-
-
-def chooser(model: ModelConfig, device: torch.device, stage: int) -> Choose:
-    """`choose_kernels` for a model on a device.
-
-    Args:
-        model: the run's.
-        device: to measure on.
-        stage: of ZeRO.
-    """
-    llama = read_llama_config(model)
-    return partial(
-        choose_kernels,
-        device=device,
-        dtype=compute_dtype(model, device),
-        zero_stage=stage,
-        head_dim=llama.head_dim or llama.hidden_size // llama.num_attention_heads,
-        model_attention=model.attention,
-    )
 
 
 def start_of(config: RunConfig, choose: Choose) -> Setting:
@@ -60,8 +31,7 @@ def start_of(config: RunConfig, choose: Choose) -> Setting:
 
 def by_name(chosen: Kernels) -> KernelsConfig:
     """What was chosen, as what would be asked for."""
-    names = [item.name for item in dataclasses.fields(KernelsConfig)]
-    return KernelsConfig(**{name: getattr(chosen, name) for name in names})
+    return KernelsConfig(**chosen.values())
 
 
 def fewer_recomputed(recompute: bool | int) -> tuple[bool | int, ...]:
@@ -88,8 +58,8 @@ def questions_for(start: Setting, choose: Choose) -> tuple[list[Question], list[
             asked, what = start.having(name, value).kernels, f"{label(name)}={value}"
             try:
                 chosen = by_name(choose(asked))
-            except InputError as error:
-                reason = str(error).removeprefix(f"{what}: ")
+            except FindingsError as error:
+                reason = error.errors[0].found.partition(": ")[2]
                 impossible.append(Trial(what, start.tokens, None, None, None, f"not here: {reason}"))
                 continue
             if chosen == asked and chosen != start.kernels:

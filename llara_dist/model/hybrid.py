@@ -12,9 +12,9 @@ from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorC
 from llara_dist.errors import InputError
 from llara_dist.model.attention import NAME as PACKED
 from llara_dist.model.fused_lora import fuse_lora
-from llara_dist.model.kernels import Kernels, choose_kernels
+from llara_dist.model.kernels import Kernels, chooser
 from llara_dist.model.layers import arrange_layers
-from llara_dist.model.llama import attach_lora, compute_dtype, load_llama, read_llama_config
+from llara_dist.model.llama import attach_lora, compute_dtype, load_llama
 from llara_dist.model.ops.projector import output_rms, write_reference
 from llara_dist.model.packing import AnswerRows, Packing
 from llara_dist.model.projector import Projector
@@ -133,15 +133,7 @@ def build_hybrid_llama(
     if not bool(torch.isfinite(item_table).all()):
         raise InputError("the item table holds values that are not finite; train the recommender again")
     dtype = compute_dtype(model, device)
-    architecture = read_llama_config(model)
-    chosen = choose_kernels(
-        kernels,
-        device,
-        dtype,
-        zero_stage=0 if place else 3,
-        head_dim=architecture.head_dim or architecture.hidden_size // architecture.num_attention_heads,
-        model_attention=model.attention,
-    )
+    chosen = chooser(model, device, zero_stage=0 if place else 3)(kernels)
     llm = load_llama(model, device, place)
     if chosen.last_layer == "answers":
         from llara_dist.model.last_layer import compute_answers_only

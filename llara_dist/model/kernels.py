@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from llara_dist.config import KernelsConfig
-from llara_dist.errors import InputError
+from llara_dist import distributed
+from llara_dist.config import KernelsConfig, ModelConfig
+from llara_dist.console import say
+from llara_dist.errors import Finding, FindingsError
 from llara_dist.model.attention import NAME as PACKED
 from llara_dist.model.attention_backends import FASTEST_FIRST, obstacle
+from llara_dist.model.llama import compute_dtype, read_llama_config
+
+CHECK, CHECK_HERE = "kernels", "kernels here"
+"""names of findings: what the run's own settings rule out, and what this machine cannot run"""
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,68 @@ class Kernels:
     compile: bool
     reasons: tuple[tuple[str, str], ...] = ()
 
+    def values(self) -> dict[str, Any]:
+        """What was chosen, by field of `KernelsConfig`."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(KernelsConfig)}
+
     def __str__(self) -> str:
         """One line for a person: "attention sdpa (no GPU), projector eager (no GPU), ..."."""
         reasons = dict(self.reasons)
         parts = [
             f"{name.replace('_', ' ')} {value}" + (f" ({reasons[name]})" if name in reasons else "")
-            for name, value in vars(self).items()
-            if name not in ("reasons", "compile")
+            for name, value in self.values().items()
+            if name != "compile"
         ]
         return ", ".join(parts + (["compiled"] if self.compile else []))
+
+
+Choose = Callable[[KernelsConfig], Kernels]
+"""what `choose_kernels` makes of a config for a model and a device"""
+
+
+def chooser(model: ModelConfig, device: torch.device, zero_stage: int = 0) -> Choose:
+    """`choose_kernels` for a model on a device.
+
+    Args:
+        model: the run's.
+        device: where it computes.
+        zero_stage: as in `choose_kernels`.
+
+    Raises:
+        InputError: the model's config.json is not found, or is none of a Llama.
+    """
+    llama = read_llama_config(model)
+    return partial(
+        choose_kernels,
+        device=device,
+        dtype=compute_dtype(model, device),
+        zero_stage=zero_stage,
+        head_dim=llama.head_dim or llama.hidden_size // llama.num_attention_heads,
+        model_attention=model.attention,
+    )
+
+
+def runnable(config: KernelsConfig, choose: Choose) -> KernelsConfig:
+    """The same with `auto` for every name that cannot run here, and nothing compiled; rank 0 says what was replaced.
+
+    A run is evaluated and debugged on other machines than it was tuned on, where speed matters less.
+
+    Args:
+        config: the run's.
+        choose: for its model on this machine's device.
+    """
+    config = dataclasses.replace(config, compile=False)
+    for name in ("attention", "projector", "lora", "layers"):
+        asked = getattr(config, name)
+        alone = KernelsConfig(**{name: asked})
+        try:
+            choose(alone)
+        except FindingsError as error:
+            config = dataclasses.replace(config, **{name: "auto"})
+            if distributed.read_world().is_main:
+                instead = getattr(choose(KernelsConfig()), name)
+                say(f"{error.errors[0].found}; {instead} computes instead")
+    return config
 
 
 def choose_kernels(
@@ -62,22 +124,43 @@ def choose_kernels(
         model_attention: `model.attention`; what is made for packed rows needs `packed`.
 
     Raises:
-        InputError: what is asked for by name cannot run here.
+        FindingsError: what is asked for by name cannot run here; every field of which that is true.
     """
-    if config.compile and zero_stage == 3:
-        raise InputError(
-            "kernels.compile=true: ZeRO-3 gathers parameters in hooks that a compiled layer skips; use stage 0 to 2"
-        )
-    chosen = {
-        "attention": _attention(config.attention, device, dtype, head_dim, model_attention),
-        "projector": _projector(config.projector, device, dtype, zero_stage),
-        "lora": _lora(config.lora, device, zero_stage),
-        "layers": _layers(config.layers, device),
-        "last_layer": _last_layer(config.last_layer, model_attention),
-    }
-    values = {name: value for name, (value, _) in chosen.items()}
-    reasons = tuple((name, reason) for name, (_, reason) in chosen.items() if reason)
-    return Kernels(**values, compile=config.compile, reasons=reasons)  # pyright: ignore
+    refused: list[Finding] = []
+    values: dict[str, Any] = {}
+    reasons: list[tuple[str, str]] = []
+    for name, choose in {
+        "attention": lambda asked: _attention(asked, device, dtype, head_dim, model_attention),
+        "projector": lambda asked: _projector(asked, device, dtype, zero_stage),
+        "lora": lambda asked: _lora(asked, device, zero_stage),
+        "layers": lambda asked: _layers(asked, device),
+        "last_layer": lambda asked: _last_layer(asked, model_attention),
+        "compile": lambda asked: _compile(asked, zero_stage),
+    }.items():
+        asked = getattr(config, name)
+        try:
+            values[name], reason = choose(asked)
+        except _RefusedError as error:
+            shown, instead = ("true", "false") if asked is True else (asked, "auto")
+            refused.append(Finding(error.check, f"kernels.{name}={shown}: {error}", f"use {instead}"))
+            continue
+        reasons += [(name, reason)] if reason else []
+    if refused:
+        raise FindingsError(refused, "kernels")
+    return Kernels(**values, reasons=tuple(reasons))
+
+
+class _RefusedError(ValueError):
+    """Why what is asked for by name cannot run.
+
+    Args:
+        reason: in a few words.
+        check: name of the finding.
+    """
+
+    def __init__(self, reason: str, check: str = CHECK_HERE) -> None:
+        super().__init__(reason)
+        self.check = check
 
 
 def _attention(
@@ -85,10 +168,12 @@ def _attention(
 ) -> tuple[str, str]:
     """The backend of packed attention, and why not a faster one."""
     if model_attention != PACKED:
+        if asked not in ("auto", "sdpa"):
+            raise _RefusedError(f"model.attention={model_attention} does not pack rows", CHECK)
         return "sdpa", f"model.attention={model_attention}"
     if asked != "auto":
         if reason := obstacle(asked, device, dtype, head_dim):  # pyright: ignore[reportArgumentType]
-            raise InputError(f"kernels.attention={asked}: {reason}; use auto")
+            raise _RefusedError(reason)
         return asked, ""
     reasons: dict[str, str] = {}
     for backend in FASTEST_FIRST:
@@ -100,19 +185,15 @@ def _attention(
     return "sdpa", same.pop() if len(same) == 1 else ", ".join(f"{name}: {why}" for name, why in reasons.items())
 
 
-def _last_layer(asked: str, model_attention: str) -> tuple[str, str]:
-    """Which rows of the last layer are computed, and why not fewer."""
-    if asked == "answers" and model_attention != PACKED:
-        return "all", f"model.attention={model_attention}"
-    return asked, ""
-
-
 def _projector(asked: str, device: torch.device, dtype: torch.dtype, zero_stage: int) -> tuple[str, str]:
     """The projector's implementation, and why not the fused op."""
     if asked == "eager":
         return "eager", ""
     reason = ""
-    if device.type != "cuda":
+    if zero_stage == 3:
+        # The fused op takes whole weights; DeepSpeed gathers them when their module is called.
+        reason = "ZeRO-3 partitions the projector's weights"
+    elif device.type != "cuda":
         reason = "no GPU"
     elif lacks := _triton_lacks():
         reason = lacks
@@ -120,11 +201,8 @@ def _projector(asked: str, device: torch.device, dtype: torch.dtype, zero_stage:
         reason = "the GPU is older than compute capability 8.0"
     elif dtype not in (torch.bfloat16, torch.float32):
         reason = f"it does not compute in {str(dtype).removeprefix('torch.')}"
-    elif zero_stage == 3:
-        # The fused op takes whole weights; DeepSpeed gathers them when their module is called.
-        reason = "ZeRO-3 partitions the projector's weights"
     if asked == "triton" and reason:
-        raise InputError(f"kernels.projector=triton cannot run: {reason}; set kernels.projector to auto or eager")
+        raise _RefusedError(reason, CHECK if zero_stage == 3 else CHECK_HERE)
     return ("eager", reason) if reason else ("triton", "")
 
 
@@ -132,12 +210,41 @@ def _lora(asked: str, device: torch.device, zero_stage: int) -> tuple[str, str]:
     """Who computes the adapters, and why not the fused op."""
     reason = ""
     if zero_stage == 3:
-        reason = "ZeRO stage 3 gathers adapters in PEFT's calls"
+        reason = "ZeRO-3 gathers adapters in PEFT's calls"
     elif device.type == "cuda":
         reason = _triton_lacks()
     if asked == "fused" and reason:
-        raise InputError(f"kernels.lora=fused cannot run: {reason}; use peft or auto")
+        raise _RefusedError(reason, CHECK if zero_stage == 3 else CHECK_HERE)
     return ("peft", reason if asked == "auto" else "") if reason or asked == "peft" else ("fused", "")
+
+
+def _layers(asked: str, device: torch.device) -> tuple[str, str]:
+    """Who computes norms, rotary embedding and SwiGLU, and why not Liger."""
+    if asked == "torch":
+        return "torch", ""
+    if device.type != "cuda":
+        lacks = "no GPU"
+    elif find_spec("liger_kernel") is None:
+        lacks = "liger_kernel is not installed"
+    else:
+        lacks = _liger_lacks()
+    if lacks and asked == "liger":
+        raise _RefusedError(lacks)
+    return ("torch", lacks) if lacks else ("liger", "")
+
+
+def _last_layer(asked: str, model_attention: str) -> tuple[str, str]:
+    """Which rows of the last layer are computed, and why not fewer."""
+    if asked == "answers" and model_attention != PACKED:
+        return "all", f"model.attention={model_attention}"
+    return asked, ""
+
+
+def _compile(asked: bool, zero_stage: int) -> tuple[bool, str]:
+    """Whether the decoder layers are compiled."""
+    if asked and zero_stage == 3:
+        raise _RefusedError("ZeRO-3 gathers parameters in hooks that a compiled layer skips", CHECK)
+    return asked, ""
 
 
 def _triton_lacks() -> str:
@@ -155,14 +262,3 @@ def _liger_lacks() -> str:
     except ImportError as error:
         return f"liger_kernel does not load, version 0.7 or newer is needed ({str(error).splitlines()[0]})"
     return ""
-
-
-def _layers(asked: str, device: torch.device) -> tuple[str, str]:
-    """Who computes norms, rotary embedding and SwiGLU, and why not Liger."""
-    if asked == "torch":
-        return "torch", ""
-    lacks = "" if find_spec("liger_kernel") is not None else "liger_kernel is not installed"
-    lacks = lacks or ("" if device.type == "cuda" else "no GPU") or _liger_lacks()
-    if lacks and asked == "liger":
-        raise InputError(f"kernels.layers=liger: {lacks}; use kernels.layers=auto")
-    return ("torch", lacks) if lacks else ("liger", "")

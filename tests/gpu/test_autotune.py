@@ -10,8 +10,9 @@ import torch
 
 from llara_dist.autotune import command, search
 from llara_dist.autotune.measure import ModelBench
-from llara_dist.autotune.questions import chooser, start_of
+from llara_dist.autotune.questions import start_of
 from llara_dist.distributed import World
+from llara_dist.model.kernels import chooser
 from llara_dist.training.preflight.examine import open_inputs
 from tests.runs import run_config
 

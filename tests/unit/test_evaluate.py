@@ -23,6 +23,7 @@ from llara_dist.evaluation.evaluate import default_folder, evaluate, form_is_hyb
 from llara_dist.evaluation.predict import join_rows, predict
 from llara_dist.recommenders.training import train as train_recommender
 from llara_dist.stream.reader import ShardSet
+from llara_dist.training.checkpoints import trained as trained_runs
 from llara_dist.training.checkpoints.best import write_best
 from llara_dist.training.checkpoints.trained import load_trained
 from llara_dist.training.scores import ValidationScores
@@ -124,6 +125,24 @@ def test_metrics_depend_neither_on_the_batch_size_nor_on_the_number_of_ranks(tun
         assert [generated[place] for place in order] == whole.generated
         scores = np.concatenate([part.log_likelihoods for part in parts if part.log_likelihoods is not None])[order]
         np.testing.assert_allclose(scores, whole.log_likelihoods, atol=2e-4)
+
+
+def test_a_run_of_kernels_that_cannot_run_here_is_loaded_with_what_can(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = trained_runs.find_checkpoint(tuned / "run")
+    kernels = {"attention": "flash2", "projector": "triton", "lora": "peft", "layers": "liger", "compile": True}
+    config = found.state["config"] | {"kernels": found.state["config"]["kernels"] | kernels}
+    elsewhere = dataclasses.replace(found, state=found.state | {"config": config})
+    monkeypatch.setattr(trained_runs, "find_checkpoint", lambda *_: elsewhere)
+    chosen = load_trained(tuned / "run", torch.device("cpu")).model.kernels
+    assert (chosen.attention, chosen.projector, chosen.layers, chosen.compile) == ("sdpa", "eager", "torch", False)
+    assert chosen.lora == "peft"  # which runs anywhere
+    assert capsys.readouterr().out.splitlines() == [
+        "kernels.attention=flash2: no GPU; sdpa computes instead",
+        "kernels.projector=triton: no GPU; eager computes instead",
+        "kernels.layers=liger: no GPU; torch computes instead",
+    ]
 
 
 def test_the_best_checkpoint_is_evaluated_apart_from_the_last(tuned: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from llara_dist.config import RunConfig, run_config_from_dict
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json
 from llara_dist.model.hybrid import HybridLlama, build_hybrid_llama
+from llara_dist.model.kernels import chooser, runnable
 from llara_dist.model.llama import base_fingerprint
 from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.training.checkpoints.checkpoint import (
@@ -29,7 +30,7 @@ class Trained:
     """A tuned model and what it was tuned with.
 
     Attributes:
-        model: in evaluation mode, on its device.
+        model: in evaluation mode, on its device; computed by the run's kernels where they can run here.
         config: of the run.
         checkpoint: which one was loaded.
     """
@@ -58,8 +59,9 @@ def load_trained(run: Path, device: torch.device, which: Literal["last", "best"]
         raise InputError(f"{checkpoint.path}: tuned on another base model than {config.model.path} now holds")
     if sha256_json(item_table.info["files"]) != contract["item_table"]:
         raise InputError(f"{checkpoint.path}: tuned with another item table than {config.recommender.path} now holds")
+    kernels = runnable(config.kernels, chooser(config.model, device))
     model = build_hybrid_llama(
-        config.model, config.lora, config.projector, item_table.weight, device, config.seed, kernels=config.kernels
+        config.model, config.lora, config.projector, item_table.weight, device, config.seed, kernels=kernels
     )
     load_parameters(model, checkpoint)
     return Trained(model.eval(), config, checkpoint)
