@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from llara_dist import __version__
@@ -130,7 +131,10 @@ def run_command(name: str, arguments: list[str]) -> None:
     if takes_run:
         # The run's own settings are the options; --config is a file of them.
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
-        parser.add_class_arguments(RunConfig, as_group=True)
+        skip: set[str | int] = {"out"} if command.out else set()
+        parser.add_class_arguments(RunConfig, as_group=True, skip=skip)
+        if command.out:
+            parser.add_argument("--out", type=Path, default=RunConfig().out, help=command.out)
     if name == "train":
         parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
         parser.add_argument("--profile", action="store_true", help="torch profiler trace of three steps in OUT/profile")

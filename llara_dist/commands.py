@@ -12,6 +12,8 @@ class Command:
     function: str
     summary: str
     example: str
+    out: str = ""
+    """What --out names, where that is not the run's folder."""
     hands_on: tuple[str, ...] = ()
     """Commands that it runs: the first of these words ends its own options, and is handed on with all that follows."""
 
@@ -108,6 +110,7 @@ COMMANDS = {
         "the token budget and kernels that are fastest on this machine, measured in two minutes, as a further --config",
         "llara-dist tune --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
         "--recommender.path recommenders/sasrec --out tuned.yaml",
+        out="YAML file to write, to be given to train as a further --config",
     ),
     "train": Command(
         "llara_dist.tuning:train",

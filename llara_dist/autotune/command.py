@@ -14,16 +14,17 @@ import torch
 from llara_dist import distributed
 from llara_dist.autotune.clock import Clock, OutOfTime
 from llara_dist.autotune.measure import ModelBench
-from llara_dist.autotune.questions import chooser, questions_for, start_of
+from llara_dist.autotune.questions import by_name, questions_for, start_of
 from llara_dist.autotune.search import GRAIN, RECOMPUTE, DoesNotFitError, Found, largest_that_fits, search
 from llara_dist.autotune.written import COLUMNS, file_text, row, settings_found
-from llara_dist.config import RunConfig, TrackingConfig
-from llara_dist.console import say, table
+from llara_dist.config import KernelsConfig, RunConfig, TrackingConfig
+from llara_dist.console import say, table, warn
 from llara_dist.cost.recommend import MARGIN
 from llara_dist.distributed import World
 from llara_dist.ds_config import zero_stage
 from llara_dist.errors import FindingsError, InputError
 from llara_dist.integrity import write_file
+from llara_dist.model.kernels import chooser
 from llara_dist.stream.share import check_world
 from llara_dist.training.fit_device import fit_device
 from llara_dist.training.preflight.examine import Inputs, open_inputs
@@ -44,7 +45,8 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     Args:
         config: the run; its `out` is the file to write.
         ranks: that the run will have: a rank's share of a step bounds the budget.
-        seconds: that it may take; when they are up, what is being tried is broken off and the best so far is written.
+        seconds: that it may take; when they are up, or at Ctrl-C, what is being tried is broken off and the best so
+            far is written.
         overwrite: replace the file if it is there.
 
     Returns:
@@ -74,11 +76,17 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     found = Found(start)
     if repr(start.recompute) != repr(config.model.activation_checkpointing):  # 1 is one layer, True is all
         found.settled.add(RECOMPUTE)
+    is_interrupted = False
     try:
         with clock.limit():
             search(bench, found, low, high, guess, questions, clock.left)
     except OutOfTime:
         pass
+    except KeyboardInterrupt:
+        if not found.has_start:
+            warn(f"nothing was measured yet: {out} is not written")
+            raise
+        is_interrupted = True
     except DoesNotFitError:
         raise InputError(
             f"model.path={config.model.path}: with the longest sample alone ({low} tokens) it does not fit {device}; "
@@ -87,9 +95,11 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     if not found.has_start:
         raise InputError(f"--seconds {seconds:g}: not enough to load the model and time a micro-batch; give more")
     found.trials += impossible
+    settings = settings_found(found, config.kernels, by_name(choose(KernelsConfig())))
     machine = describe_machine(device) | versions()
-    notes = advice(found, device, ranks, stage)
-    write_file(out, file_text(found, machine, notes))
+    notes = ["interrupted: this is the best until then"] if is_interrupted else []
+    notes += advice(found, device, ranks, stage)
+    write_file(out, file_text(found, settings, machine, notes))
     table(f"{config.model.path} on {machine['device']}", COLUMNS, map(row, found.trials))
     for what in found.untried:
         say(f"not tried for lack of time: {what}")
@@ -98,7 +108,7 @@ def tune(config: RunConfig, ranks: int = 1, seconds: float = 110.0, overwrite: b
     say(f"written to {out}; use it with: llara-dist train --config RUN.yaml --config {shlex.quote(str(out))}")
     return {
         "out": str(out),
-        "settings": settings_found(found),
+        "settings": settings,
         "ratio": found.ratio,
         "largest_tokens": found.largest,
         "trials": [dataclasses.asdict(trial) for trial in found.trials],

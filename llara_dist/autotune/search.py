@@ -186,6 +186,7 @@ def search(
 
     Raises:
         DoesNotFitError: not even the longest sample alone fits.
+        KeyboardInterrupt: Ctrl-C; what was found until then stays in `found`.
         Exception: what the start itself raised.
     """
     start = found.best
@@ -209,6 +210,9 @@ def search(
             _tune_budget(bench, found, low, largest_that_fits(_fits_with(bench, found.best), low, high, found.largest))
     except OutOfTime:
         found.untried += pending
+    except KeyboardInterrupt:
+        found.untried += pending
+        raise
     except Exception as error:  # a GPU that an invalid access has stopped fails in all that follows, the clean-up too
         if not found.has_start:
             raise

@@ -6,17 +6,35 @@ from collections.abc import Iterable
 from typing import Any
 
 from llara_dist.autotune.search import RECOMPUTE, Found, Trial
+from llara_dist.config import KernelsConfig
 
 GIB = 2**30
 
 
-def settings_found(found: Found) -> dict[str, Any]:
-    """What a run is to be given, nested as in its YAML: the budget, and of the rest only what was settled."""
+def settings_found(found: Found, asked: KernelsConfig, default: KernelsConfig) -> dict[str, Any]:
+    """What a run is to be given, nested as in its YAML: the budget, and of the rest only what was settled.
+
+    A kernel is named where it is another than the default comes to here: a name holds for this machine alone, `auto`
+    wherever the run is taken.
+
+    Args:
+        found: what the search came to.
+        asked: the run's own.
+        default: what the default comes to on this machine, without `auto`.
+    """
     best = found.best
     settings: dict[str, Any] = {"data": {"max_tokens_per_microbatch": best.tokens}}
     if RECOMPUTE in found.settled:
         settings["model"] = {RECOMPUTE: best.recompute}
-    kernels = {name: best.value(name) for name in vars(best.kernels) if name in found.settled}
+    kernels: dict[str, Any] = {}
+    for name, plain in vars(KernelsConfig()).items():
+        value = best.value(name)
+        if name not in found.settled:
+            continue
+        if value != getattr(default, name):
+            kernels[name] = value
+        elif getattr(asked, name) != plain:
+            kernels[name] = plain
     if kernels:
         settings["kernels"] = kernels
     return settings
@@ -37,11 +55,12 @@ def row(trial: Trial) -> list[str]:
     ]
 
 
-def file_text(found: Found, machine: dict[str, str], notes: Iterable[str]) -> str:
+def file_text(found: Found, settings: dict[str, Any], machine: dict[str, str], notes: Iterable[str]) -> str:
     """The YAML file's text.
 
     Args:
         found: what the search came to.
+        settings: as `settings_found` gives them.
         machine: what was measured on, by name.
         notes: more to know, a line each.
     """
@@ -54,4 +73,4 @@ def file_text(found: Found, machine: dict[str, str], notes: Iterable[str]) -> st
     lines += [f"{what} | not tried for lack of time" for what in found.untried]
     lines += ["", *notes]
     comments = "\n".join(f"# {' '.join(line.split())}".rstrip() for line in lines)
-    return f"{comments}\n{yaml.safe_dump(settings_found(found), sort_keys=False)}"
+    return f"{comments}\n{yaml.safe_dump(settings, sort_keys=False)}"

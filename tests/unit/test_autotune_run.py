@@ -13,12 +13,13 @@ import yaml
 
 from llara_dist.autotune import command, search
 from llara_dist.autotune.measure import ModelBench
-from llara_dist.autotune.questions import chooser, questions_for, start_of
+from llara_dist.autotune.questions import questions_for, start_of
 from llara_dist.autotune.search import DoesNotFitError
 from llara_dist.cli import main
 from llara_dist.config import LoraConfig, RunConfig, to_dict
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
+from llara_dist.model.kernels import chooser
 from llara_dist.training.preflight.examine import open_inputs
 from tests.runs import run_config
 
@@ -52,7 +53,7 @@ def test_what_tune_writes_is_a_further_config_of_the_run(
     main(["train", "--config", str(run), "--config", str(tuned), "--out", str(out)])
     trained, expected = json.loads((out / "config.json").read_text()), to_dict(config)
     assert trained["data"] == {**expected["data"], **result["settings"]["data"]}
-    assert trained["kernels"] == {**expected["kernels"], **result["settings"]["kernels"]}
+    assert trained["kernels"] == {**expected["kernels"], **result["settings"].get("kernels", {})}
     assert trained["lora"] == expected["lora"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
 
@@ -91,6 +92,28 @@ def test_what_had_to_be_changed_to_fit_is_written_even_where_nothing_else_was_tr
     monkeypatch.setattr(command, "questions_for", lambda *_: ([], []))
     result = command.tune(config, seconds=600)
     assert result["settings"]["model"] == {"activation_checkpointing": True}
+
+
+def test_ctrl_c_writes_the_best_so_far(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    config = run_config(inputs, tmp_path / "tuned.yaml")
+    monkeypatch.setattr(command, "WINDOW_S", 0.0)
+    monkeypatch.setattr(ModelBench, "difference", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command.tune(config, seconds=600)
+    assert f"nothing was measured yet: {config.out} is not written" in capsys.readouterr().err
+    assert not config.out.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "WINDOW_S", 0.0)
+    monkeypatch.setattr(search, "_try", interrupt)
+    result = command.tune(config, seconds=600)
+    assert result["trials"][0]["what"] == "start"
+    assert "kernels.last_layer=all" in result["untried"]
+    assert yaml.safe_load(config.out.read_text()) == result["settings"]
+    assert "# interrupted: this is the best until then\n" in config.out.read_text()
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
