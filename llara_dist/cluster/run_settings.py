@@ -14,7 +14,7 @@ from llara_dist.ds_config import load_ds_config
 from llara_dist.errors import FindingsError
 from llara_dist.integrity import json_text
 
-OF_A_NODE = frozenset({"device", "compute dtype", "memory", "open files"})
+OF_A_NODE = frozenset({"device", "compute dtype", "kernels here", "memory", "open files"})
 """Checks of `preflight` that concern the machine which computes, not the one that submits."""
 
 

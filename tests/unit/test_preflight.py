@@ -14,7 +14,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from llara_dist.cli import main
-from llara_dist.config import LoraConfig, ModelConfig, RunConfig, ValidationConfig
+from llara_dist.cluster.batch_script import Resources
+from llara_dist.cluster.run_settings import check_run
+from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, RunConfig, ValidationConfig
 from llara_dist.distributed import World
 from llara_dist.errors import Finding, FindingsError, InputError
 from llara_dist.model.llama import read_llama_config
@@ -131,6 +133,30 @@ def test_the_preflight_command_fails_as_the_run_would(capsys, inputs: Path, tmp_
     assert captured.err.startswith("error: 9 ranks for a global batch of 8 samples")
     assert len(captured.err.splitlines()) == 1
     assert "passed" in captured.out
+
+
+@pytest.mark.parametrize("name", ["preflight", "train"])
+def test_kernels_that_the_stage_or_the_device_rule_out(capsys, inputs: Path, tmp_path: Path, name: str) -> None:
+    asked = ("attention=flash2", "projector=triton", "lora=fused", "compile=true", "layers=torch")
+    options = [f"--kernels.{field}" for field in asked] + ["--deepspeed", str(ROOT / "ds_configs" / "zero3.json")]
+    assert command(name, inputs, tmp_path / "run", *options, "--data.max_tokens_per_microbatch", "20", "--json") == 2
+    captured = capsys.readouterr()
+    findings = json.loads(captured.out.splitlines()[-1])["findings"]
+    found = [(f["check"], f["found"].split(":")[0]) for f in findings if f["check"].startswith("kernels")]
+    assert found == [("kernels here", "kernels.attention=flash2")] + [
+        ("kernels", f"kernels.{field}") for field in asked[1:4]
+    ]
+    assert "token budget" in {f["check"] for f in findings if f["severity"] == "error"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_is_checked_for_what_its_stage_rules_out_and_not_for_this_machine(inputs: Path, tmp_path: Path) -> None:
+    resources = Resources(gpus_per_node=2)
+    kernels = KernelsConfig(attention="flash2", projector="triton", layers="liger")
+    config = dataclasses.replace(run_config(inputs, tmp_path / "run"), kernels=kernels)
+    check_run(config, resources)
+    with pytest.raises(FindingsError, match=r"^kernels.projector=triton: ZeRO-3 partitions"):
+        check_run(dataclasses.replace(config, deepspeed=ROOT / "ds_configs" / "zero3.json"), resources)
 
 
 def test_missing_inputs_are_named_together(capsys) -> None:

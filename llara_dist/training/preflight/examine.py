@@ -18,6 +18,7 @@ from llara_dist.cost.work import SampleSizes
 from llara_dist.distributed import World
 from llara_dist.ds_config import CHECK, check_ds_config, load_ds_config, zero_stage
 from llara_dist.errors import Finding, InputError
+from llara_dist.model.kernels import CHECK_HERE, Kernels, chooser
 from llara_dist.model.llama import compute_dtype, read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
 from llara_dist.stream.locations import is_remote, node_cache, open_samples
@@ -156,6 +157,7 @@ def examine(config: RunConfig, world: World, local_ranks: int) -> tuple[Checklis
 
     model = config.model if config.model.path else None
     architecture = checks.run("model", read_llama_config, model, passed=_describe)
+    checks.run(CHECK_HERE, _kernels, config, device, ds_config, after=[architecture], passed=str)
     weights = checks.run("weight files", check_weight_files, model, architecture, passed=str)
     checks.run("storage dtype", held_as, model, architecture, passed=str)
 
@@ -225,6 +227,11 @@ def _examine_machine(checks: Checklist, config: RunConfig, world: World) -> torc
     if device is not None and device.type == "cpu":
         checks.extend(resources.check_bf16(str(dtype) == "torch.bfloat16", resources.cpu_has_bf16()))
     return device if sound else None
+
+
+def _kernels(config: RunConfig, device: torch.device, ds_config: dict[str, Any]) -> Kernels:
+    """What `train` will compute with; every field that the ZeRO stage, or this machine, rules out."""
+    return chooser(config.model, device, zero_stage(ds_config))(config.kernels)
 
 
 def _examine_ds_config(checks: Checklist, path: Path, device: torch.device | None) -> dict[str, Any] | None:
