@@ -10,8 +10,11 @@ from llara_dist import distributed
 from llara_dist.config import RunConfig
 from llara_dist.console import say
 from llara_dist.distributed import World
+from llara_dist.ds_config import zero_stage
 from llara_dist.errors import InputError, RequeueError, RunFailedError
 from llara_dist.evaluation.validation import open_validator
+from llara_dist.model.kernels import Kernels, chooser
+from llara_dist.supervision.diagnosis import ranges
 from llara_dist.supervision.early_end import early_end_told
 from llara_dist.supervision.progress import Phase
 from llara_dist.supervision.rank_logs import RankLog
@@ -78,6 +81,7 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
             log.begin(config.out, job)
             status.enter(Phase.LOADING)
             inputs = reopened(config, inputs, world)
+            require_same_kernels(chooser(config.model, device, zero_stage(inputs.ds_config))(config.kernels))
             debugger = Debugger(config, device) if debug else None
             validator = open_validator(config, world, status.touch, stop_requested)
             run = open_run(config, inputs, world, device, validator, held.check)
@@ -86,9 +90,10 @@ def tune(config: RunConfig, debug: bool, profile: bool, world: World, log: RankL
             if world.is_main:
                 maker = run.loader.maker
                 tokens = maker.max_tokens_per_microbatch
-                record_start(config.out, job, run.first_step, maker.nodes, tokens)
+                kernels = run.engine.model.kernels
+                record_start(config.out, job, run.first_step, maker.nodes, tokens, kernels.values())
                 announce(config, inputs)
-                say(f"kernels: {run.engine.model.kernels}")
+                say(f"kernels: {kernels}")
                 if run.validations.measured_anew:
                     say("validation is measured in another way than before: its best score and patience begin anew")
             try:
@@ -138,6 +143,28 @@ def reopened(config: RunConfig, inputs: Inputs, world: World) -> Inputs:
                 "the file system shows an old listing to some nodes; start again in a minute"
             )
     return inputs
+
+
+def require_same_kernels(chosen: Kernels) -> None:
+    """All ranks compute with the same kernels, since they train one model; a collective.
+
+    Args:
+        chosen: of this rank.
+
+    Raises:
+        InputError: they do not, where nodes have other packages or GPUs than others.
+    """
+    by_rank = distributed.gather_objects(chosen.values())
+    for name in by_rank[0]:
+        ranks: dict[Any, list[int]] = {}
+        for rank, values in enumerate(by_rank):
+            ranks.setdefault(values[name], []).append(rank)
+        if len(ranks) > 1:
+            found = ", ".join(f"{value} on ranks {ranges(which)}" for value, which in ranks.items())
+            raise InputError(
+                f"kernels.{name} comes to {found}: install the same packages on every node, or set it to one that all "
+                "can run"
+            )
 
 
 def step_of(inputs: Inputs) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,12 @@ from typing import Any, Literal
 import torch
 
 from llara_dist import distributed
-from llara_dist.config import CheckpointConfig, RunConfig, ValidationConfig
+from llara_dist.config import CheckpointConfig, KernelsConfig, RunConfig, ValidationConfig
 from llara_dist.console import say, warn
 from llara_dist.data.tokenizer import load_tokenizer
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
+from llara_dist.model.kernels import chooser, runnable
 from llara_dist.replay.history import Layout, Past, find_checkpoint
 from llara_dist.replay.occurrences import ids_of_key, occurrences
 from llara_dist.replay.report import report_folder, show_and_write, show_occurrences, show_shares
@@ -87,6 +89,9 @@ def debug(
     chosen = choose(replay, step, layout, rank, micro_batch)
     show_shares(step, inputs.total_steps, layout, shared, replay.curriculum.probability(step))
     warn_of_device(inputs.checkpoint, on)
+    if config.lora.dropout:
+        first = step if from_checkpoint_only else min(replay.first_step, step)
+        warn_of_masks((past.kernels(number) for number in range(first, step + 1)), config.kernels)
     replayed = advance(replay, replay.first_step if from_checkpoint_only else step, step, past, layout)
     found = replay.inspect(chosen, per_sample_gradients)
     report = {
@@ -116,7 +121,7 @@ def _nodes(world: int | list[int] | None) -> list[int]:
 
 
 def replay_config(past: Past, step: int, folder: Path, device: Literal["auto", "cpu", "cuda"] | None) -> RunConfig:
-    """The run's settings for one process: stage 0, no workers, the step's token budget; what fits the device.
+    """The run's settings for one process: stage 0, no workers, the step's token budget and adapters; fits the device.
 
     Args:
         past: of the run.
@@ -125,18 +130,18 @@ def replay_config(past: Past, step: int, folder: Path, device: Literal["auto", "
         device: None = the run's.
 
     Raises:
-        InputError: it is not known how the step was shared out.
+        InputError: it is not known how the step was shared out, or there is no such device or model.
     """
-    config = past.config
+    config, budget = past.config, past.layout(step).max_tokens_per_microbatch
+    on = distributed.pick_device(device or config.device, World())
     config = dataclasses.replace(
         config,
         deepspeed=Path("ds_configs/zero0.json"),
         out=folder,
         resume="no",
         device=device or config.device,
-        data=dataclasses.replace(
-            config.data, workers=0, max_tokens_per_microbatch=past.layout(step).max_tokens_per_microbatch
-        ),
+        kernels=runnable(past.kernels(step), chooser(config.model, on)),
+        data=dataclasses.replace(config.data, workers=0, max_tokens_per_microbatch=budget),
         checkpoint=CheckpointConfig(every_steps=0, keep_last=1),
         validation=ValidationConfig(),
     )
@@ -177,6 +182,25 @@ def warn_of_device(checkpoint: Checkpoint | None, device: torch.device) -> None:
     others = sorted({other for host in hosts for other in host["devices"]} - {name})
     if others:
         warn(f"the run computed on {', '.join(others)}, this process on {name}: rounding, and dropout, may differ")
+
+
+def warn_of_masks(then: Iterable[KernelsConfig], now: KernelsConfig) -> None:
+    """Say where other kernels than the run's draw other dropout masks.
+
+    Args:
+        then: of each step that is computed.
+        now: what computes them.
+    """
+    seen = set(then)
+    if any(kernels.compile for kernels in seen):
+        warn("the run was compiled, this process does not compile: dropout may differ")
+    for name in ("lora", "last_layer"):
+        others = {getattr(kernels, name) for kernels in seen} - {getattr(now, name)}
+        if others:
+            warn(
+                f"kernels.{name} was {', '.join(sorted(others))} in steps that are computed here with "
+                f"{getattr(now, name)}: their dropout differs"
+            )
 
 
 def advance(replay: WorldReplay, last: int, step: int, past: Past, layout: Layout) -> list[StepResult]:

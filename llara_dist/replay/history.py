@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llara_dist.config import RunConfig, run_config_from_dict
+from llara_dist.config import KernelsConfig, RunConfig, run_config_from_dict
 from llara_dist.console import say
 from llara_dist.errors import InputError
 from llara_dist.integrity import read_json
@@ -95,6 +96,22 @@ class Past:
                 "give --world"
             )
         return found
+
+    def kernels(self, step: int) -> KernelsConfig:
+        """The run's settings, with what its start recorded in place of what decides over a step's dropout masks.
+
+        Runs of before there was anything to choose recorded nothing: PEFT computed their adapters, and every position
+        of the last layer was computed.
+
+        Args:
+            step: optimizer step.
+        """
+        start = start_of(step, self.starts)
+        if start is None:
+            return self.config.kernels
+        drawn = {"lora": "peft", "last_layer": "all", "compile": False}
+        recorded = {name: start.kernels.get(name, older) for name, older in drawn.items()}
+        return dataclasses.replace(self.config.kernels, **recorded)
 
     def require_same(self, contract: dict[str, Any]) -> None:
         """The run's inputs are still those that it was made with.

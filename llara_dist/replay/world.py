@@ -75,7 +75,7 @@ class WorldReplay:
             config = self.config
             table = self.inputs.item_table.weight
             # Gradients of one sample after the other go back through one graph, which Liger's SwiGLU overwrites and
-            # torch.compile frees.
+            # torch.compile frees. Neither decides over dropout, as `lora` and `last_layer` do.
             kernels = dataclasses.replace(config.kernels, layers="torch", compile=False)
             self._model = build_hybrid_llama(
                 config.model, config.lora, config.projector, table, self.device, config.seed, kernels=kernels

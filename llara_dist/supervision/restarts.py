@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llara_dist.distributed import Job
@@ -29,6 +29,8 @@ class Start:
         nodes: ranks of each group that shared rows out among itself: of each node where nodes have their own copies of
             the shards, else one group of all ranks; () in files of older versions.
         max_tokens_per_microbatch: budget of a packed row; 0 in files of older versions.
+        kernels: which implementation computed, by field of `KernelsConfig`, without `auto`: some draw other dropout
+            masks than others; {} in files of older versions.
     """
 
     job: str
@@ -37,10 +39,12 @@ class Start:
     time: str
     nodes: tuple[int, ...] = ()
     max_tokens_per_microbatch: int = 0
+    kernels: Mapping[str, str | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """JSON gives a list."""
         object.__setattr__(self, "nodes", tuple(self.nodes))
+        object.__setattr__(self, "kernels", dict(self.kernels))
 
 
 def read_starts(out: Path) -> list[Start]:
@@ -53,7 +57,12 @@ def read_starts(out: Path) -> list[Start]:
 
 
 def record_start(
-    out: Path, job: Job, first_step: int, nodes: Sequence[int] = (), max_tokens_per_microbatch: int = 0
+    out: Path,
+    job: Job,
+    first_step: int,
+    nodes: Sequence[int] = (),
+    max_tokens_per_microbatch: int = 0,
+    kernels: Mapping[str, str | bool] | None = None,
 ) -> None:
     """Append this start, durably; rank 0 calls it once it knows where the run begins.
 
@@ -63,9 +72,10 @@ def record_start(
         first_step: optimizer steps done before.
         nodes: as in `Start`.
         max_tokens_per_microbatch: as in `Start`.
+        kernels: as in `Start`.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    start = Start(job.name, job.restart, first_step, now, tuple(nodes), max_tokens_per_microbatch)
+    start = Start(job.name, job.restart, first_step, now, tuple(nodes), max_tokens_per_microbatch, kernels or {})
     append_json_line(Path(out) / STARTS, dataclasses.asdict(start))
 
 

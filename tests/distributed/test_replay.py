@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llara_dist.cli import main
-from llara_dist.config import CheckpointConfig, LoraConfig
+from llara_dist.config import CheckpointConfig, KernelsConfig, LoraConfig
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_file
 from llara_dist.replay.command import debug
 from llara_dist.supervision.restarts import STARTS, read_starts
 from llara_dist.training.checkpoints.checkpoint import ADAPTER, MARKER
 from llara_dist.training.metrics_log import read_metrics
+from llara_dist.tuning import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.replays import train_and_keep_batches
 from tests.runs import run_config
@@ -121,6 +122,19 @@ def test_dropout_is_that_of_the_rank(past: Past) -> None:
     assert keys[0] == keys[1]
     assert otherwise["nodes"] == [3]
     assert otherwise["loss"] != pytest.approx(as_it_was["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"lora": "peft"}, {"last_layer": "all"}, {"layers": "liger"}])
+def test_dropout_is_drawn_by_what_the_start_recorded(past: Past, tmp_path: Path, other: dict[str, str]) -> None:
+    """Another implementation than the run had draws other masks where it draws any; only the loss tells."""
+    run = shutil.copytree(past.out, tmp_path / "run")
+    starts = [dataclasses.asdict(start) for start in read_starts(run)]
+    assert [start["kernels"]["lora"] for start in starts] == ["fused", "fused"]
+    changed = [{**start, "kernels": start["kernels"] | other} for start in starts]
+    (run / STARTS).write_text("".join(json.dumps(start) + "\n" for start in changed))
+    report = debug(run, step=3, rank="all")
+    same = report["grad_norm"] == pytest.approx(logged(past, 3)["grad_norm"], rel=1e-5)
+    assert same == ("layers" in other), (report["loss"], report["grad_norm"], logged(past, 3))
 
 
 def test_gradients_of_samples_and_the_checkpoint_alone(past: Past) -> None:
@@ -255,13 +269,46 @@ def test_a_run_of_before_starts_told_their_ranks(past: Past, tmp_path: Path) -> 
     """Its checkpoints tell; and from a damaged one an older one is taken."""
     run = shutil.copytree(past.out, tmp_path / "run")
     starts = [json.loads(line) for line in (run / STARTS).read_text().splitlines()]
-    old = [{name: start[name] for name in ("job", "restart", "first_step", "time")} for start in starts]
+    # What computed is kept: this run's adapters were fused, an older version's cannot have been.
+    old = [{name: start[name] for name in ("job", "restart", "first_step", "time", "kernels")} for start in starts]
     (run / STARTS).write_text("".join(json.dumps(start) + "\n" for start in old))
     (run / "checkpoints" / "step-00000003" / "projector.safetensors").write_bytes(b"damaged")
     report = debug(run, step=4, rank="all")
     assert report["checkpoint"] is None
     assert report["nodes"] == [2]
     assert report["loss"] == pytest.approx(logged(past, 4)["loss"], rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("last_layer", ["all", "answers"])
+def test_dropout_is_that_of_the_run_where_auto_comes_to_another_implementation_here(
+    inputs: Path, tmp_path: Path, last_layer: Any
+) -> None:
+    """Under ZeRO-3 PEFT computes the adapters, in one process of stage 0 the fused op would."""
+    run = tmp_path / "run"
+    config = dataclasses.replace(
+        run_config(inputs, run, "zero3", max_steps=2, max_tokens_per_microbatch=500),
+        lora=LoraConfig(dropout=0.1),
+        kernels=KernelsConfig(last_layer=last_layer),
+    )
+    run_ranks(train, 2, tmp_path / "ranks", config)
+    (start,) = read_starts(run)
+    assert start.kernels["lora"] == "peft"
+    past = Past(run, tmp_path)
+
+    def require_the_same() -> None:
+        report = debug(run, step=1, rank="all")
+        assert report["replayed"]["steps"] == 1
+        assert report["loss"] == pytest.approx(logged(past, 1)["loss"], rel=1e-5)
+        assert report["grad_norm"] == pytest.approx(logged(past, 1)["grad_norm"], rel=1e-5)
+
+    require_the_same()
+    if last_layer == "all":  # and of before kernels could be chosen: nothing tells of any
+        (run / STARTS).write_text(json.dumps({**dataclasses.asdict(start), "kernels": {}}) + "\n")
+        settings = json.loads((run / "config.json").read_text())
+        del settings["kernels"]
+        (run / "config.json").write_text(json.dumps(settings))
+        require_the_same()
 
 
 def test_weights_that_are_not_finite_are_named(past: Past, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llara_dist.config import LoraConfig
-from llara_dist.replay.history import Layout, layout_of, start_of
+from llara_dist.config import KernelsConfig, LoraConfig, RunConfig
+from llara_dist.replay.command import warn_of_masks
+from llara_dist.replay.history import Layout, Past, layout_of, start_of
 from llara_dist.replay.inspection import inspect_microbatch
 from llara_dist.replay.report import by_loss
 from llara_dist.supervision.restarts import Start
@@ -66,6 +67,25 @@ def test_an_older_run_is_told_from_the_first_checkpoint_after_the_step(by_node: 
     assert layout_of(5, [start(0)], []) is None
 
 
+def test_what_drew_the_dropout_is_what_the_start_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = KernelsConfig(attention="sdpa")
+    older, fused = start(2), Start("7", 0, 4, "then", kernels={"lora": "fused", "last_layer": "answers"})
+    compiled = Start("7", 0, 6, "then", kernels={"lora": "fused", "last_layer": "answers", "compile": True})
+    past = Past(Path("run"), RunConfig(kernels=asked), [older, fused, compiled], [], {})
+    drawn = {step: past.kernels(step) for step in range(8)}
+    assert drawn[0] == asked  # nothing tells of any start
+    assert drawn[3] == KernelsConfig(attention="sdpa", lora="peft", last_layer="all")
+    assert drawn[5] == KernelsConfig(attention="sdpa", lora="fused", last_layer="answers")
+    assert drawn[7] == KernelsConfig(attention="sdpa", lora="fused", last_layer="answers", compile=True)
+    warn_of_masks([drawn[4], drawn[5]], drawn[5])
+    assert capsys.readouterr().err == ""
+    warn_of_masks([drawn[3], drawn[4], drawn[6]], drawn[4])
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "the run was compiled" in first
+    assert "kernels.lora was peft in steps that are computed here with fused" in second
+    assert "kernels.last_layer was all in steps that are computed here with answers" in third
+
+
 def inspect(folder: Path, poison: str = "", per_sample: bool = False) -> tuple[Any, Any]:
     write_shape(folder)
     model, batch = build(folder, {"bits": 32}, LoraConfig(dropout=0.0)), packed_row(3)
@@ -95,7 +115,7 @@ def test_samples_add_up_to_the_microbatch(tmp_path: Path) -> None:
 def test_the_module_is_named_whose_output_is_not_finite(tmp_path: Path, per_sample: bool) -> None:
     result, gradients = inspect(tmp_path, "layers.1.mlp.up_proj.lora_A.default.weight", per_sample)
     assert result.problem.startswith("output of llm.")
-    assert result.problem.endswith("layers.1.mlp.up_proj.lora_A.default")
+    assert result.problem.endswith("layers.1.mlp.up_proj")  # whose fused op computes with its adapter's weights
     assert gradients is None
     assert result.loss_sum is None
     assert result.grad_norm is None

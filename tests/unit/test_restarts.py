@@ -68,7 +68,8 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path, torn: str) -> None:
 
 def test_how_rows_were_shared_out_is_read_back(tmp_path: Path) -> None:
     (tmp_path / STARTS).write_text('{"job": "7", "restart": 0, "first_step": 3, "time": "then"}\n')
-    record_start(tmp_path, JOB, 5, nodes=(8, 4), max_tokens_per_microbatch=4096)
+    record_start(tmp_path, JOB, 5, (8, 4), 4096, {"lora": "peft", "compile": False})
     older, found = read_starts(tmp_path)
     assert older == Start("7", 0, 3, "then")
     assert (found.nodes, found.max_tokens_per_microbatch) == ((8, 4), 4096)
+    assert (older.kernels, found.kernels) == ({}, {"lora": "peft", "compile": False})

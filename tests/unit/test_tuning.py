@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from llara_dist import tuning
 from llara_dist.config import RunConfig
 from llara_dist.distributed import Job, World, read_job
 from llara_dist.errors import InputError
+from llara_dist.model.kernels import Kernels
 from llara_dist.supervision.early_end import early_end_told, early_paths, read_early_ends
 from llara_dist.supervision.rank_logs import RankLog
 from llara_dist.supervision.rank_status import read_statuses
@@ -115,6 +117,17 @@ def test_ranks_that_still_see_different_checkpoints_do_not_start(
     as_two_ranks(monkeypatch, [(20, 20), 20], reopened=30)
     with pytest.raises(InputError, match=r"different newest checkpoints, of steps \['20', '30'\].*start again"):
         tuning.reopened(run_with_checkpoint(tmp_path, 30), inputs_at(30), World(0, 0, 2))
+
+
+def test_ranks_that_would_compute_with_other_kernels_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Kernels("flash2", "triton", "fused", "liger", "answers", False, reasons=(("attention", "flash3: none"),))
+    other = dataclasses.replace(here, attention="sdpa", reasons=())
+    ranks = [here, here, other, here]
+    monkeypatch.setattr(tuning.distributed, "gather_objects", lambda value: [value, *(k.values() for k in ranks[1:])])
+    with pytest.raises(InputError, match=r"^kernels.attention comes to flash2 on ranks 0–1, 3, sdpa on ranks 2: "):
+        tuning.require_same_kernels(here)
+    ranks[2] = dataclasses.replace(here, reasons=())
+    tuning.require_same_kernels(here)
 
 
 def test_a_new_run_finds_out_that_another_one_came_before_it_got_the_lock(
