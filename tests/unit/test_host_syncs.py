@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llara_dist
 from llara_dist import distributed
 from llara_dist.config import LoraConfig
+from llara_dist.model import fused_lora
+from llara_dist.model.ops.lora import draw_seed
 from llara_dist.supervision.progress import Phase
 from llara_dist.training.preflight.examine import open_inputs
 from llara_dist.training.run import open_run
@@ -28,8 +30,6 @@ OPS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "ate
 OURS = str(Path(llara_dist.__file__).parent)
 ON_THE_HOST = ("torch/optim/", "bitsandbytes/backends/cpu/")
 """AdamW's step counts lie on the host; bitsandbytes' CPU kernels are not those of a GPU"""
-SEEDS = ("model/ops/lora.py", "__int__")
-"""dropout's seeds are drawn and read on the host"""
 
 
 class Reads(TorchDispatchMode):
@@ -40,24 +40,34 @@ class Reads(TorchDispatchMode):
         self.phase: Phase | None = None
         self.found: collections.Counter[tuple[Phase | None, str]] = collections.Counter()
         self._within = False
+        self._seeds: dict[int, torch.Tensor] = {}
 
-    def count(self, name: str) -> None:
+    def draw_seed(self) -> torch.Tensor:
+        """Dropout's seeds are drawn and read on the host: a read of one is not counted."""
+        seed = draw_seed()
+        self._seeds[seed.data_ptr()] = seed
+        return seed
+
+    def count(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.data_ptr() in self._seeds:
+            return
         stack = [frame.filename for frame in traceback.extract_stack()[:-2]]
         callers = [file for file in stack if file not in (__file__,) and "_python_dispatch" not in file]
-        if any(place in callers[-1] for place in ON_THE_HOST) or (callers[-1].endswith(SEEDS[0]) and name == SEEDS[1]):
+        if any(place in callers[-1] for place in ON_THE_HOST):
             return
         whose = next(file for file in reversed(callers) if "/torch/" not in file)
         self.found[self.phase, f"{'ours' if whose.startswith(OURS) else whose} {name}"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in OPS and not self._within:
-            self.count(func._schema.name)
+            self.count(func._schema.name, args[0])
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
         """Python-level reads are counted as well: of a CPU tensor they are no operation that dispatch sees."""
         with pytest.MonkeyPatch.context() as patch, self:
+            patch.setattr(fused_lora, "draw_seed", self.draw_seed)
             for name in READS:
                 patch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
             yield
@@ -66,7 +76,7 @@ class Reads(TorchDispatchMode):
         def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             within, self._within = self._within, True
             if not within:
-                self.count(name)
+                self.count(name, tensor)
             try:
                 return original(tensor, *args, **kwargs)
             finally:
