@@ -132,6 +132,7 @@ def test_saved_on_two_ranks_and_resumed_on_another_world_and_stage(
         assert (ours[name] - value).norm() / value.norm().clamp_min(1e-12) < 1e-4, name
 
 
+@pytest.mark.long
 def test_every_stage_gives_back_what_it_was_given(inputs: Path, tmp_path: Path) -> None:
     """Masters, moments and each parameter's own count of updates, loaded and saved at once, on other ranks."""
     first = run_config(inputs, tmp_path / "first", "zero2", max_steps=STEPS)

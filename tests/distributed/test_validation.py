@@ -221,6 +221,7 @@ def answer_a_share(config: RunConfig, shares: list[list[int]], end: int, folder:
     distributed.shut_down()
 
 
+@pytest.mark.long
 def test_ranks_that_finish_apart_stay_in_step(answering_inputs: Path, tmp_path: Path) -> None:
     config = answering(answering_inputs, tmp_path / "run", max_steps=2)
     table = load_item_table(config.recommender.path).weight
