@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 import torch
 
-from benchmarks.arms.setup import Setup, WithoutDropout, set_trained
+from benchmarks.arms.setup import Setup, set_trained
 from benchmarks.arms.turns import Turns
 from llara_dist import distributed
+from llara_dist.autotune.measure import without_dropout
 from llara_dist.config import KernelsConfig
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.batch import collate
@@ -52,7 +53,7 @@ def answer_loss(model: HybridLlama, samples: list, hybrid: bool) -> float:
     batch = collate(samples, np.full(len(samples), hybrid))
     was = model.training
     model.eval()
-    with WithoutDropout(model):
+    with without_dropout(model):
         loss = float(model(batch.to(model.item_table.device))) / batch.answer_tokens
     model.train(was)
     return loss

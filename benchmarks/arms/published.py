@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.arms.setup import Setup, WithoutDropout, padded, set_trained, text_rows, trained
+from benchmarks.arms.setup import Setup, padded, set_trained, text_rows, trained
 from benchmarks.arms.turns import Turns
+from llara_dist.autotune.measure import without_dropout
 from llara_dist.data.samples import Sample
 from llara_dist.model.nf4 import silence_import
 from llara_dist.recommenders.item_table import load_item_table
@@ -67,7 +68,7 @@ def run(setup: Setup, turns: Turns, rows: int) -> None:
     """Train on the plan's steps in micro-batches of `rows` samples."""
     model = load(setup)
     samples = setup.checked()
-    with WithoutDropout(model), torch.no_grad():
+    with without_dropout(model), torch.no_grad():
         loss = float(model(samples)[0])
     turns.ready(hybrid_loss=loss, rows=rows, base=str(setup.dtype).removeprefix("torch."))
     rates = setup.optimizer

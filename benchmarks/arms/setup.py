@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llara_dist.autotune.measure import without_dropout
 from llara_dist.config import (
     CheckpointConfig,
     CurriculumConfig,
@@ -187,24 +188,8 @@ def padded(rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[s
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
-class WithoutDropout:
-    """Context in which no dropout layer of a model drops anything."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-        self._rates = [layer.p for layer in self._layers]
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            layer.p = 0.0
-
-    def __exit__(self, *_: Any) -> None:
-        for layer, rate in zip(self._layers, self._rates, strict=True):
-            layer.p = rate
-
-
 @torch.no_grad()
 def text_loss(model: Any, samples: Sequence[Sample], setup: Setup) -> float:
     """Mean cross-entropy of the answers after text-only prompts, as a causal model with labels computes it."""
-    with WithoutDropout(model), torch.autocast(setup.device, torch.bfloat16, enabled=setup.device == "cuda"):
+    with without_dropout(model), torch.autocast(setup.device, torch.bfloat16, enabled=setup.device == "cuda"):
         return float(model(**padded(text_rows(samples, slots=False), setup.torch_device)).loss)

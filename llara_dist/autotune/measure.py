@@ -304,7 +304,7 @@ class ModelBench:
         plan, shards = self._inputs.plan, self._inputs.shards
         ids = plan.step(0)[:4]
         row = collate(shards.read(ids), np.arange(len(ids)) % 2 == 0).to(self._device, non_blocking=False)
-        with _without_dropout(model):
+        with without_dropout(model):
             loss = _backward(model, row)
         trained = {**model.lora_parameters(), **model.projector_parameters()}
         gradients = {name: p.grad.detach().float().cpu() for name, p in trained.items() if p.grad is not None}
@@ -333,7 +333,7 @@ def fill_zero_parameters(model: HybridLlama) -> None:
 
 
 @contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """Training mode, so that what runs is what training runs, but nothing dropped."""
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [module.p for module in dropouts]

@@ -7,8 +7,7 @@ from typing import Any
 
 from llara_dist.autotune.search import RECOMPUTE, Found, Trial
 from llara_dist.config import KernelsConfig
-
-GIB = 2**30
+from llara_dist.cost.hardware import GIB
 
 
 def settings_found(found: Found, asked: KernelsConfig, default: KernelsConfig) -> dict[str, Any]:

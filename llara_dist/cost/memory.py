@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from llara_dist.config import RunConfig
 from llara_dist.cost.activations import activation_bytes
 from llara_dist.cost.architecture import Architecture
+from llara_dist.cost.hardware import GIB
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 MIB = 2**20
-GIB = 2**30
 NF4_BLOCK = 64
 NESTED_BLOCK = 256
 RUNTIME_BYTES = {"cuda": 1536 * MIB, "cpu": 0}
