@@ -53,9 +53,10 @@ class RankLog:
     def __init__(self, world: World) -> None:
         self._world = world
         self._consoles: dict[int, int] = {}  # by descriptor 1 or 2, where it led before
-        self._sources: list[int] = []
+        self._sources: list[tuple[int, int]] = []  # a pipe's reading end, and the descriptor that leads into the pipe
         self._buffering: list[tuple[io.TextIOWrapper, bool]] = []
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: threading.Thread | None = None
         self._control: socket.socket | None = None
         self._lock = threading.Lock()
 
@@ -77,7 +78,8 @@ class RankLog:
             if isinstance(stream, io.TextIOWrapper) and _number(stream) in copied:
                 self._buffering.append((stream, stream.line_buffering))
                 stream.reconfigure(line_buffering=True)
-        threading.Thread(target=self._outlive_the_relay, name="rank log", daemon=True).start()
+        self._watcher = threading.Thread(target=self._outlive_the_relay, name="rank log", daemon=True)
+        self._watcher.start()
         _current = self
         return self
 
@@ -109,9 +111,16 @@ class RankLog:
 
     def drain(self) -> None:
         """Wait until all that was printed so far is where it belongs; for DRAIN_S at most."""
-        if self._order({"drain": DRAIN_S / 2}) and self._control is not None:
-            with contextlib.suppress(OSError):
-                self._control.recv(relay.CHUNK)
+        answer = b""
+        try:
+            if self._order({"drain": DRAIN_S / 2}) and self._control is not None:
+                answer = self._control.recv(relay.CHUNK)
+        except TimeoutError:
+            return
+        except OSError:  # the relay is gone
+            pass
+        if not answer and self._watcher is not None:
+            self._watcher.join(DRAIN_S)
 
     def _is_copied(self, number: int) -> bool:
         return not (self._world.is_main and os.isatty(number))
@@ -125,9 +134,9 @@ class RankLog:
         consoles = {number: os.dup(number) for number in copied}
         self._consoles = consoles
         pipes = [os.pipe() for _ in ([1] if together else copied)]
-        self._sources = [source for source, _ in pipes]
+        self._sources = [(source, number) for (source, _), number in zip(pipes, copied, strict=False)]
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pairs = [(source, consoles[number]) for source, number in zip(self._sources, copied, strict=False)]
+        pairs = [(source, consoles[number]) for source, number in self._sources]
         given = [theirs.fileno(), *(descriptor for pair in pairs for descriptor in pair)]
         # What stops a rank is not for its relay, which ends when the rank has: blocked here, the signals are blocked
         # there for good. Its own session keeps it out of reach of Ctrl-C and of who kills a process group.
@@ -167,16 +176,16 @@ class RankLog:
         """If the relay is killed the rank prints as before: a pipe without a reader would end or block it.
 
         This process holds the pipes' reading ends as well, and does for what is in them what the relay would have done.
+        Where the relay has ended because the rank's output has, there is nothing in them.
         """
         assert self._process is not None
         self._process.wait()
-        numbers = list(self._consoles)
         self._restore()
-        for place, source in enumerate(self._sources):
-            if numbers:
-                threading.Thread(target=_pour, args=(source, numbers[place]), name="rank log", daemon=True).start()
-            else:
-                os.close(source)
+        pouring = [threading.Thread(target=_pour, args=pair, name="rank log", daemon=True) for pair in self._sources]
+        for thread in pouring:
+            thread.start()
+        for thread in pouring:
+            thread.join()
 
     def _order(self, order: dict[str, Any]) -> bool:
         """Tell the relay; whether it was there to be told."""

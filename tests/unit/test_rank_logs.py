@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -167,12 +168,27 @@ def test_a_log_says_how_much_it_lacks(tmp_path: Path) -> None:
     assert len(text) < 9_000_000
 
 
+def kill_the_relay(then: str) -> str:
+    """What a killed relay has read and not yet written is gone: it is idle first, and dead before more is printed."""
+    return f"rank_logs.drain(); os.kill(pid, 9); log._process.wait()\n    {then}"
+
+
 def test_a_rank_outlives_its_relay(tmp_path: Path) -> None:
-    body = "os.kill(pid, 9)\n    for n in range(3000): print(n); os.write(2, b'z' * 100)"
-    code, said, errors = run(tmp_path, body)
+    code, said, errors = run(tmp_path, kill_the_relay("for n in range(3000): print(n); os.write(2, b'z' * 100)"))
     assert code == 0, errors[-2000:]
-    assert said.splitlines()[1:-1] == [str(n) for n in range(3000)]
-    assert len(errors) == 300_000
+    expected = "".join(f"{n}\n" for n in range(3000))
+    end = re.search(r"afterwards \d+\n", said)
+    assert end
+    # In another order at most: what is still in the pipes is copied while more is printed.
+    assert sorted(said) == sorted("before the lock\n" + expected + end[0])
+    assert errors == "z" * 300_000
+
+
+def test_what_a_killed_relay_had_not_read_is_printed_before_the_rank_ends(tmp_path: Path) -> None:
+    stop = "rank_logs.drain(); os.kill(pid, signal.SIGSTOP); os.waitid(os.P_PID, pid, os.WSTOPPED)"
+    code, said, errors = run(tmp_path, f"{stop}; print('in the pipe'); os.kill(pid, 9)")
+    assert code == 0, errors
+    assert said.splitlines()[:2] == ["before the lock", "in the pipe"]
 
 
 def test_signals_for_the_rank_do_not_end_its_relay(tmp_path: Path) -> None:
