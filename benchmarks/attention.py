@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -25,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.record import machine
 from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.data.samples import Sample
+from llara_dist.integrity import json_text, write_json
 from llara_dist.model.attention_backends import attend, obstacle
 from llara_dist.model.hybrid import build_hybrid_llama
 from llara_dist.model.packing import Packing
@@ -153,17 +154,23 @@ def main() -> None:
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     batch = row(arguments.tokens).to(device)
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+    found: dict[str, Any] = {
+        "what": "benchmarks/attention.py",
+        **machine(device.type, torch.get_num_threads()),
         "tokens": batch.num_tokens,
         "samples": batch.num_samples,
         "padding": batch.num_samples * batch.max_seqlen / batch.num_tokens,
-        "attention": attention(batch, device, dtype, arguments.repeats),
-        "last_layer": last_layer(batch, device, arguments.repeats),
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    parts = {
+        "attention": lambda: attention(batch, device, dtype, arguments.repeats),
+        "last_layer": lambda: last_layer(batch, device, arguments.repeats),
+    }
+    for name, part in parts.items():
+        found[name] = part()
+        if arguments.out:
+            write_json(arguments.out, found)
+    if not arguments.out:
+        print(json_text(found), end="")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=$(realpath -m "${OUT:-$root/benchmarks/results/gpu}")
 cd "$root"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+case ${1:-} in
+    -h | --help)
+        sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p}' "$root/benchmarks/gpu.sh"
+        exit 0
+        ;;
+esac
 dry=
 [ "${1:-}" = "--dry_run" ] && dry=1 && shift
 steps="hardware inputs test_kernels train_step scoring projector attention lora"
@@ -75,7 +81,7 @@ tests() {
 if [ -n "$dry" ]; then
     shape=tiny sizes=(--samples 4 --rounds 1 --budget 1024) scored=(--rows 2 --rounds 1) batch=4 budget=1024
     projector=(--device cpu --items 32 --slots 64 --width 128 --tokens 256 --rounds 2)
-    lora=(--repeats 2) attention=(--repeats 2 --tokens 1000)
+    lora=(--repeats 2 --shrink 16) attention=(--repeats 2 --tokens 1000)
 else
     shape=7b sizes=(--quick) scored=(--rows 16 --rounds 4) batch=32 budget=4096
     projector=() lora=() attention=(--device cuda --tokens 8000)

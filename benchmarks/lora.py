@@ -1,6 +1,6 @@
 """PEFT's LoRA against the fused one: time and bytes kept, of one linear layer and of a whole small Llama's step.
 
-    python benchmarks/lora.py [--out results.json] [--repeats 15]
+    PYTHONPATH=. python benchmarks/lora.py [--out results.json] [--repeats 15] [--shrink 1]
 
 Both run by turns in one process, forward and backward; a ratio is of their medians. Times are of the clock on a GPU and
 of the process on the CPU. On a GPU the layers have the shapes of a Llama 7B and 8192 tokens, on the CPU an eighth of
@@ -11,13 +11,10 @@ after every case: a run that is broken off leaves those that it measured.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.record import machine
 from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.integrity import write_json
 from llara_dist.model.fused_lora import fuse_lora
@@ -66,18 +64,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--shrink", type=int, default=1, help="divides the tokens and samples, to see that all runs")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "triton", "numpy")
+    tokens = SIZES[device.type]["tokens"] // options.shrink
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "what": "benchmarks/lora.py",
+        **machine(device.type, torch.get_num_threads()),
         "dtype": str(dtype),
-        "tokens_of_linears": SIZES[device.type]["tokens"],
+        "tokens_of_linears": tokens,
         "layers_of_the_llama": LLAMAS[device.type]["num_hidden_layers"],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "cases": [],
     }
 
@@ -89,23 +86,25 @@ def main() -> None:
     print(f"{'case':40} {'PEFT ms':>9} {'fused ms':>9} {'ratio':>6} {'PEFT MB kept':>13} {'fused MB kept':>14}")
     for bits in (4, 16 if device.type == "cuda" else 32):
         for inputs, outputs in SIZES[device.type]["linears"]:
-            runs = {kind: linear(kind, inputs, outputs, bits, device, dtype) for kind in KINDS}
+            runs = {kind: linear(kind, (tokens, inputs, outputs), bits, device, dtype) for kind in KINDS}
             for dropout in DROPOUTS:
                 arrange(runs, dropout)
                 measure(f"linear {inputs} to {outputs}, {bits} bits, p={dropout}", runs)
     with tempfile.TemporaryDirectory() as folder:
         write_llama(Path(folder), device, dtype)
-        runs = {kind: llama(kind, folder, device) for kind in KINDS}
+        runs = {kind: llama(kind, folder, device, SAMPLES[device.type] // options.shrink) for kind in KINDS}
     for dropout in DROPOUTS:
         for recompute in (False, True):
             arrange(runs, dropout, recompute)
             measure(f"Llama step, 4 bits, p={dropout}" + (", recomputed" if recompute else ""), runs)
 
 
-def linear(kind: str, inputs: int, outputs: int, bits: int, device: torch.device, dtype: torch.dtype) -> Run:
-    """One adapted linear layer, and its forward pass to a sum with a fixed gradient."""
+def linear(kind: str, sizes: tuple[int, int, int], bits: int, device: torch.device, dtype: torch.dtype) -> Run:
+    """One adapted linear layer (tokens, inputs, outputs), and its forward pass to a sum with a fixed gradient."""
     import bitsandbytes
     import peft
+
+    tokens, inputs, outputs = sizes
 
     torch.manual_seed(0)
     whole = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
@@ -121,7 +120,6 @@ def linear(kind: str, inputs: int, outputs: int, bits: int, device: torch.device
         matrices.to(torch.float32)  # as in a run, whatever the layer's weights are
     if kind == "fused":
         fuse_lora(holder)
-    tokens = SIZES[device.type]["tokens"]
     x = torch.randn(1, tokens, inputs, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn(1, tokens, outputs, device=device, dtype=dtype)
 
@@ -144,7 +142,7 @@ def write_llama(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         torch.set_default_dtype(before)
 
 
-def llama(kind: Any, folder: str, device: torch.device) -> Run:
+def llama(kind: Any, folder: str, device: torch.device, num_samples: int) -> Run:
     """A whole HybridLlama with NF4 weights on one packed row."""
     table = torch.randn(ITEMS, ITEM_DIM, generator=torch.Generator().manual_seed(0))
     model = build_hybrid_llama(
@@ -156,7 +154,7 @@ def llama(kind: Any, folder: str, device: torch.device) -> Run:
         seed=0,
         kernels=KernelsConfig(lora=kind),
     ).train()
-    samples = [make_sample(key, num_items=ITEMS) for key in range(SAMPLES[device.type])]
+    samples = [make_sample(key, num_items=ITEMS) for key in range(num_samples)]
     batch = collate(samples, [True] * len(samples)).to(device)
     return model, lambda: model(batch)
 

@@ -19,8 +19,6 @@ items. Its time is, per pass, the larger of bytes ÷ bandwidth and FLOPs ÷ matr
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -29,13 +27,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.record import machine
 from llara_dist.cost.architecture import PRESETS
 from llara_dist.cost.flops import step_flops
 from llara_dist.cost.tuned import TunedModel
@@ -78,12 +76,13 @@ def main() -> None:
     parser.add_argument("--compile_only", action="store_true", help="compile the kernels for sm_80 and sm_90")
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], help="with --compile_only")
     parser.add_argument("--compute", nargs="+", default=["bfloat16", "float32"], help="with --compile_only")
-    parser.add_argument("--hardware", help="default: the GPU's name, or the number of CPU cores")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not options.compile_only and options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here; --device cpu or --compile_only")
-    result: dict[str, Any] = {"what": "benchmarks/projector.py", "versions": versions()}
+    device = "cuda" if options.device == "cuda" and torch.cuda.is_available() else "cpu"
+    ran_on = machine(device, torch.get_num_threads(), ("torch", "triton"))
+    result: dict[str, Any] = {"what": "benchmarks/projector.py", **ran_on}
     for found in [compile_kernels(options.targets, options.compute)] if options.compile_only else measure(options):
         result |= found
         if options.out:
@@ -91,17 +90,6 @@ def main() -> None:
     print_table(result["kernels" if options.compile_only else "table"])
     if not options.out:
         print(json_text(result), end="")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that take part."""
-    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for name in ("torch", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -212,11 +200,8 @@ def measure(options: Any) -> Iterator[dict[str, Any]]:
     peaks = measure_peaks(options.device, flush)
     arms: dict[str, Callable[[Row], Tensor]] = {"eager": eager, "compiled": compiled}
     arms |= {"fused": fused} if on_gpu else {"eager, every slot": eager_every_slot}
-    machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} {platform.machine()} CPU cores"
     table: list[dict[str, Any]] = []
     described = {
-        "hardware": options.hardware or machine,
-        "threads": torch.get_num_threads(),
         "note": "" if on_gpu else "no GPU took part: the fused kernels are not measured, the eager reference is",
         "shape": {"d": ITEM_DIM, "m": options.width, "h": options.width, "T": tokens},
         "compute": "bfloat16" if on_gpu else "float32",
@@ -239,7 +224,7 @@ def measure(options: Any) -> Iterator[dict[str, Any]]:
                     | {"over floor": round(median / limit, 2)}
                     | {"eager over this": round(statistics.median(values["eager over"]), 3)}
                 )
-            yield {**described, "load_average": os.getloadavg(), "table": table}
+            yield {**described, "table": table}
 
 
 def take_turns(

@@ -15,7 +15,6 @@ The model has random NF4 weights: Llama-2-7B's shape on a GPU, a small one on a 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ import torch
 
 from benchmarks.arms.inputs import SHAPES, make_inputs, write_random_nf4
 from benchmarks.arms.setup import set_trained
-from benchmarks.train_step import hardware, say, spread, versions
+from benchmarks.record import machine, say, spread
 from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.data.samples import Sample
 from llara_dist.data.tokenizer import load_tokenizer
@@ -72,9 +71,7 @@ def main() -> None:
         model, batches, answers = prepare(Path(name), options, rows)
         result = {
             "what": "benchmarks/scoring.py",
-            "hardware": hardware(options.device, options.threads),
-            "versions": versions(None),
-            "load_average": os.getloadavg(),
+            **machine(options.device, options.threads),
             "model": {"shape": options.shape, "hidden_size": model.llm.config.hidden_size},
             "rows_at_once": rows,
             "candidates_a_row": len(batches[0][0].candidates),

@@ -32,16 +32,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +43,15 @@ import numpy as np
 import torch
 
 from benchmarks.arms.inputs import SHAPES, make_inputs, write_random_nf4
-from benchmarks.arms.setup import ROOT, Setup
-from benchmarks.arms.turns import Worker
-from benchmarks.arms.worker import GROUPED, MATRIX, OURS, PEERS, PUBLISHED, TRAINER
-from llara_dist.config import KernelsConfig, ModelConfig
-from llara_dist.cost.architecture import Architecture
-from llara_dist.cost.flops import step_flops
-from llara_dist.cost.tuned import TunedModel
+from benchmarks.arms.processes import Arms
+from benchmarks.arms.report import check_losses, report, table
+from benchmarks.arms.setup import Setup
+from benchmarks.arms.worker import MATRIX, OURS, PEERS, PUBLISHED, TRAINER
+from benchmarks.record import machine, peers_versions
 from llara_dist.cost.work import Work
 from llara_dist.integrity import json_text, read_json, write_json
-from llara_dist.model.llama import read_llama_config
 from llara_dist.model.quantize import quantize
-from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.stream.batch import collate
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "triton", "liger_kernel", "flash_attn")
-PACKAGES = ("trl", "unsloth", "llamafactory")
-OFF = {"attention": "sdpa", "projector": "eager", "lora": "peft", "layers": "torch", "last_layer": "all"}
-"""each optimisation switched off"""
-TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
-"""relative difference of losses: float32, and bfloat16 with its 8 bits"""
-TARGETS = {"cpu": {PUBLISHED: 3.0, TRAINER: 1.5}, "cuda": {TRAINER: 2.5, **dict.fromkeys(PEERS, 1.25)}}
-"""how many times as fast we want to be"""
-TARGET_MFU = {"cuda": 0.55}
-LAST_LINES = 25
-"""shown of what an arm that fails has printed"""
 
 
 def main() -> None:
@@ -88,13 +66,14 @@ def main() -> None:
         names = [MATRIX, OURS, PUBLISHED, TRAINER, *PEERS]
         if options.arms:
             names = [MATRIX, OURS, *(name for name in names if name in options.arms and name not in (MATRIX, OURS))]
+        ran_on = machine(setup.device, setup.threads)
+        if options.peers:
+            ran_on["versions"] |= peers_versions(options.peers)
         result: dict[str, Any] = {}
         for to_come in arms.measure(names, options.ablate):
             result = {
                 "what": "benchmarks/train_step.py",
-                "hardware": hardware(setup.device, setup.threads),
-                "versions": versions(options.peers),
-                "load_average": os.getloadavg(),
+                **ran_on,
                 "model": {"shape": options.shape, "path": options.model},
                 "sizes": {
                     "samples_a_step": setup.global_batch,
@@ -189,259 +168,6 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Setup:
 def divisors(number: int) -> list[int]:
     """All divisors, increasing."""
     return [part for part in range(1, number + 1) if number % part == 0]
-
-
-class Arms:
-    """Starts the arms, lets them take turns and keeps what they measured.
-
-    Args:
-        setup: the benchmark's.
-        peers: interpreter of TRL, Unsloth and LLaMA-Factory.
-
-    Attributes:
-        steps: by arm, each timed step's measurements; the warm-up step is left out.
-        facts: by arm, what it said when it was ready.
-        reasons: by arm, why it did not run.
-    """
-
-    def __init__(self, setup: Setup, peers: str) -> None:
-        self.setup = setup
-        self.steps: dict[str, list[dict[str, Any]]] = {}
-        self.facts: dict[str, dict[str, Any]] = {}
-        self.reasons: dict[str, str] = {}
-        self._peers = peers
-        self._running: dict[str, Worker] = {}
-
-    def measure(self, names: list[str], ablate: bool) -> Iterator[list[str]]:
-        """Run the arms; where `ablate`, also the variants of ours that differ from what it chose, and one peer's.
-
-        Yields:
-            The arms to come, whenever the others have been timed equally often: after each arm, on a CPU each round.
-
-        Raises:
-            SystemExit: what all else is compared with does not run.
-        """
-        together = self.setup.device == "cpu"
-        waiting, running = list(names), []
-        while waiting:
-            name = waiting.pop(0)
-            if self._start(name):
-                running.append(name)
-                if name == OURS and ablate:
-                    chosen = self.facts[OURS]["kernels"]
-                    waiting[:0] = [f"{OURS}, {field}={off}" for field, off in OFF.items() if chosen[field] != off]
-                if name == TRAINER and ablate:
-                    waiting.insert(0, GROUPED)
-            if together and waiting:
-                continue
-            for turn in range(self.setup.steps - 1):
-                first = turn % max(1, len(running))
-                for each in running[first:] + running[:first]:
-                    measured = self._step(each)
-                    if measured is not None:
-                        self.steps[each].append(measured)
-                if together:
-                    yield []
-            while running:
-                self._stop(running.pop())
-            if not together and self.steps.get(OURS):
-                yield list(waiting)
-
-    def _start(self, name: str) -> bool:
-        """Start an arm and let it warm up on one step."""
-        say(f"{name}: starting")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": str(self.setup.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "DS_ACCELERATOR": self.setup.device,
-        }
-        if self.setup.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        python = self._peers if name in PEERS else sys.executable
-        log = Path(self.setup.scratch) / f"{len(self.facts)}.log"
-        worker = Worker(python, [name, self.setup.write()], environment, log)
-        self._running[name], self.steps[name] = worker, []
-        if not worker.wait_ready():
-            self._failed(name)
-        alive = self._step(name) is not None
-        self.facts[name] = worker.facts
-        if not alive:
-            self._stop(name)
-        return alive
-
-    def _step(self, name: str) -> dict[str, Any] | None:
-        worker = self._running[name]
-        if worker.reason:
-            return None
-        measured = worker.step()
-        if measured is None:
-            self._failed(name)
-        else:
-            say(f"{name}: {measured['seconds']:.2f} s")
-        return measured
-
-    def _failed(self, name: str) -> None:
-        """Note why, and show the end of what the arm printed, which is gone with the scratch folder."""
-        worker = self._running[name]
-        self.reasons[name] = worker.reason
-        printed = worker.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        say("\n".join([*printed, f"{name}: does not run here: {worker.reason}"]))
-        if name in (MATRIX, OURS):
-            raise SystemExit(f"{name} does not run: there is nothing to compare with")
-
-    def _stop(self, name: str) -> None:
-        self._running.pop(name).stop()
-
-
-def say(line: str) -> None:
-    """To standard error, so that standard output holds the result alone."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def check_losses(arms: Arms, setup: Setup) -> dict[str, Any]:
-    """Largest relative difference of any arm's loss from ours, in the same form of prompt."""
-    ours = arms.facts[OURS]
-    found: dict[str, Any] = {"ours": {form: ours[form] for form in ("hybrid_loss", "text_loss")}}
-    worst = 0.0
-    for name, facts in arms.facts.items():
-        for form in ("hybrid_loss", "text_loss"):
-            if name != OURS and form in facts:
-                difference = abs(facts[form] / ours[form] - 1.0)
-                found[name] = {form: facts[form], "relative_difference": difference}
-                worst = max(worst, difference if math.isfinite(difference) else math.inf)
-    tolerance = TOLERANCE[setup.device]
-    return {**found, "tolerance": tolerance, "within_tolerance": worst <= tolerance}
-
-
-def report(arms: Arms, setup: Setup, work: list[Work]) -> dict[str, Any]:
-    """Rates, memory, MFU and ratios of every arm; whether the targets are met."""
-    architecture = Architecture.of(read_llama_config(ModelConfig(path=setup.model)))
-    items = load_item_table(Path(setup.recommender))
-    timed = work[1 : 1 + len(arms.steps[OURS])]
-    flops = {}
-    for last_layer in ("answers", "all"):
-        config = setup.run_config("cost", KernelsConfig(last_layer=last_layer))
-        model = TunedModel.of(config, architecture, (items.num_items, items.dim), setup.device == "cuda")
-        flops[last_layer] = [step_flops(model, step).model for step in timed]
-    matrix = statistics.median(step["flops_per_second"] for step in arms.steps[MATRIX])
-    ours, ours_cpu = ([step[kind] for step in arms.steps[OURS]] for kind in ("seconds", "cpu_seconds"))
-    rows: dict[str, Any] = {}
-    for name, steps in arms.steps.items():
-        if name == MATRIX:
-            continue
-        if name in arms.reasons or not steps:
-            rows[name] = {"does_not_run_here": arms.reasons.get(name, "no step was timed")}
-            continue
-        seconds, cpu = ([step[kind] for step in steps] for kind in ("seconds", "cpu_seconds"))
-        rows[name] = {
-            "samples_per_second": spread([setup.global_batch / value for value in seconds]),
-            "tokens_per_second": spread([step.tokens / value for step, value in zip(timed, seconds, strict=True)]),
-            "padded_share": padded_share(steps),
-            "peak_bytes": max(step["peak_bytes"] for step in steps),
-            "cpu_seconds_a_step": spread(cpu),
-            **{
-                key: spread([count / value / matrix for count, value in zip(flops[counted], seconds, strict=True)])
-                for key, counted in (("mfu", "answers"), ("mfu_of_every_position", "all"))
-            },
-            "ours_is_faster_by": spread([value / mine for value, mine in zip(seconds, ours, strict=True)]),
-            "ours_takes_less_cpu_by": spread([value / mine for value, mine in zip(cpu, ours_cpu, strict=True)]),
-            **{k: v for k, v in arms.facts[name].items() if not k.endswith("_loss") and not k.startswith("kernels")},
-        }
-    return {
-        "matrix_product": {"flops_per_second": round(matrix), **arms.facts[MATRIX]},
-        "arms": rows,
-        "targets": targets(rows, setup.device),
-    }
-
-
-def padded_share(steps: list[dict[str, Any]]) -> float | None:
-    """Share of the computed positions that hold no token; None where an arm does not tell."""
-    if "positions_so_far" in steps[-1]:
-        return round(1.0 - steps[-1]["tokens_so_far"] / steps[-1]["positions_so_far"], 4)
-    if "positions" not in steps[-1]:
-        return None
-    return round(1.0 - sum(step["tokens"] for step in steps) / sum(step["positions"] for step in steps), 4)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range, to four significant digits."""
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in found.items()}
-
-
-def targets(rows: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """Each target, what was reached, and whether that is enough."""
-    found = []
-    for name, wanted in TARGETS[device].items():
-        if name in rows:
-            reached = rows[name].get("ours_is_faster_by", {}).get("median")
-            met = None if reached is None else reached >= wanted
-            found.append({"target": f"{wanted} x {name}", "reached": reached, "met": met})
-    if device in TARGET_MFU:
-        reached = rows[OURS]["mfu"]["median"]
-        found.append({"target": f"MFU {TARGET_MFU[device]}", "reached": reached, "met": reached >= TARGET_MFU[device]})
-    return found
-
-
-def hardware(device: str, threads: int) -> str:
-    """What it ran on."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
-    told = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in told if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {os.cpu_count()} cores, {threads} threads"
-
-
-def versions(peers: str | None) -> dict[str, str]:
-    """Of what the numbers depend on; peers' own versions where they live elsewhere."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    if peers:
-        ask = (
-            "from importlib.metadata import distributions\n"
-            f"print(*(f'{{d.name}}={{d.version}}' for d in distributions() if d.name.lower() in {PACKAGES}))"
-        )
-        told = subprocess.run([peers, "-c", ask], capture_output=True, text=True).stdout
-        found |= dict(item.split("=", 1) for item in told.split())
-    return found
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for people."""
-    sizes, matrix = result["sizes"], result["matrix_product"]
-    lines = [
-        f"{result['hardware']}; {sizes['samples_a_step']} samples ({sizes['tokens_a_step']} tokens) a step, "
-        f"{sizes['rounds']} rounds; {matrix['dtype']} matrix product {matrix['flops_per_second'] / 1e12:.3g} TFLOP/s",
-        f"ours: {result['ours_kernels']}",
-        "",
-        f"{'arm':34} {'samples/s':>10} {'tokens/s':>9} {'padded':>7} {'peak GiB':>9} {'MFU':>6}  ours faster by",
-    ]
-    for name, row in result["arms"].items():
-        if "does_not_run_here" in row:
-            lines.append(f"{name:34} does not run here: {row['does_not_run_here']}")
-            continue
-        share = "" if row["padded_share"] is None else f"{row['padded_share']:.1%}"
-        faster = row["ours_is_faster_by"]
-        lines.append(
-            f"{name:34} {row['samples_per_second']['median']:>10.4g} {row['tokens_per_second']['median']:>9.4g} "
-            f"{share:>7} {row['peak_bytes'] / 2**30:>9.2f} {row['mfu']['median']:>6.1%}  "
-            f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})"
-        )
-    lines.append("")
-    for name, row in result["same_loss"].items():
-        if isinstance(row, dict) and "relative_difference" in row:
-            lines.append(f"same loss as ours: {name}, relative difference {row['relative_difference']:.1e}")
-    met = {True: "met", False: "NOT met", None: "not measured"}
-    lines += [f"target {row['target']}: {met[row['met']]} ({row['reached']})" for row in result["targets"]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
