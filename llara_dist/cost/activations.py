@@ -4,10 +4,10 @@ Counted for transformers' Llama under autocast with LoRA and this package's pack
 h hidden, m intermediate, H query and K key heads of width D, c bytes of a compute element, and R rows that ask (T but
 in a last layer that computes the answers' alone), a layer saves
 
-- RMS norms: their input in float32 and its root, 4·(T + R)·(h + 1);
+- RMS norms: their input in float32 and its root, 4·(T + R)·(h + 1); Liger's the input as it comes;
 - attention: queries and result, 2·c·R·D·H, keys and values, 2·c·T·D·K, and the log-sum-exp, 4·R·H; with fewer rows than
   keys its mask on the CPU;
-- MLP: gate, its SiLU and up, 3·c·R·m;
+- MLP: gate, its SiLU and up, 3·c·R·m; Liger makes the SiLU anew in the backward pass, 2·c·R·m;
 - adapters: their input and A's output, c·R·(in + r) each (k and v: T), where q, k, v share one input (q has its own
   where R < T) and gate, up share one; fused ones keep nothing else, and the input uncast. With PEFT's and dropout every
   adapter has an input of its own and a mask (a byte an element on CUDA, four on the CPU);
@@ -19,10 +19,6 @@ are not recomputed, all after it, have given theirs back.
 
 Of the flash kernels, which run on a GPU alone, the result is also the input of the output projection, and saved once
 unless PEFT's dropout copies it; counted as on the CPU, it is counted twice (c·T·D·H a layer too many).
-
-Liger's kernels (`kernels.layers`), which run on a GPU alone as well, are counted as transformers' own layers, which
-save more: Liger makes the SiLU anew in the backward pass (c·R·m a layer too many), and keeps a norm's input in the type
-that it comes in (2·(T + R)·h too many where that is bfloat16). So a run with Liger needs less than is said here.
 """
 
 from __future__ import annotations
@@ -65,7 +61,7 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
         device_type: cuda or cpu; dropout masks differ.
     """
     shape, compute, tokens = model.architecture, model.compute_bytes, work.tokens
-    stream = compute if model.bits != 32 else 4
+    stream = model.stream_bytes
     rows = last_rows(model, work)
     layer = _layer_bytes(model, work, tokens, device_type)
     casts = 2 * sum(model.adapter_sizes) if model.bfloat16 and model.lora == "peft" else 0
@@ -74,7 +70,7 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
     again = layers if model.recomputed == shape.layers else model.recomputed * (layer + casts)
     kept = layers - again + model.recomputed * stream * tokens * shape.hidden
     outside = (
-        4 * rows * (shape.hidden + 1)
+        _norm_bytes(model, rows)
         + 4 * work.answer_tokens * shape.vocabulary
         + 16 * work.answer_tokens
         + compute * work.items * (model.item_dim + 2 * model.projector_hidden)
@@ -96,10 +92,16 @@ def activation_bytes(model: TunedModel, work: Work, device_type: str = "cuda") -
     return Activations(layer + casts, layers, kept, outside, total, max(logits, flight + whole_again) + dequantised)
 
 
+def _norm_bytes(model: TunedModel, rows: int) -> int:
+    """What RMS norms of so many rows save."""
+    element = model.stream_bytes if model.layers == "liger" else 4
+    return rows * (element * model.architecture.hidden + 4)
+
+
 def _layer_bytes(model: TunedModel, work: Work, rows: int, device_type: str) -> int:
     """Activations that one layer saves of which so many rows ask, cast weights not counted."""
     shape, compute, tokens = model.architecture, model.compute_bytes, work.tokens
-    norms = 4 * (tokens + rows) * (shape.hidden + 1)
+    norms = _norm_bytes(model, tokens + rows)
     if model.attention == "eager":
         # Softmax in float32, cast to the compute type; queries, and keys and values repeated for every head.
         probabilities = 4 + (compute if model.bfloat16 else 0)
@@ -111,7 +113,7 @@ def _layer_bytes(model: TunedModel, work: Work, rows: int, device_type: str) -> 
         attention = 2 * compute * shape.head_dim * (shape.heads * rows + shape.kv_heads * tokens)
         attention += 4 * shape.heads * rows
         attention += compute * work.answer_pairs if rows < tokens and device_type == "cpu" else 0
-    mlp = 3 * compute * rows * shape.intermediate
+    mlp = (2 if model.layers == "liger" else 3) * compute * rows * shape.intermediate
     adapted = [linear for linear in shape.linears if linear.name in model.targets]
     # Autocast's casts of activations are not cached; on the CPU, PEFT casts the input to float32 before.
     peft_casts = model.bfloat16 and (model.bits == 32 or device_type == "cpu")

@@ -14,7 +14,7 @@ from llara_dist.model.recomputation import recomputed_layers
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A HybridLlama by its sizes. Its layers are taken to be transformers' own, whatever `kernels.layers` comes to.
+    """A HybridLlama by its sizes.
 
     Attributes:
         architecture: of the frozen language model.
@@ -30,6 +30,7 @@ class TunedModel:
         recompute: layers whose activations are recomputed in the backward pass: true = all, or how many.
         last_layer: answers or all, as in `kernels.last_layer`; rows that are not packed compute all.
         lora: fused or peft, as `kernels.lora` comes to.
+        layers: liger or torch, as `kernels.layers` comes to.
     """
 
     architecture: Architecture
@@ -45,6 +46,7 @@ class TunedModel:
     recompute: bool | int = False
     last_layer: Literal["answers", "all"] = "answers"
     lora: Literal["fused", "peft"] = "fused"
+    layers: Literal["liger", "torch"] = "torch"
 
     @classmethod
     def of(
@@ -55,7 +57,9 @@ class TunedModel:
         bfloat16: bool,
         zero_stage: int = 0,
     ) -> TunedModel:
-        """What a run tunes.
+        """What a run tunes. Of kernels that are left to `auto`: fused adapters, and transformers' own layers.
+
+        Which layers another machine will choose is not known here, and transformers' own need more memory than Liger's.
 
         Args:
             config: the run.
@@ -78,6 +82,7 @@ class TunedModel:
             recompute=recomputed_layers(config.model.activation_checkpointing, architecture.layers),
             last_layer=config.kernels.last_layer,
             lora="peft" if config.kernels.lora == "peft" or zero_stage == 3 else "fused",
+            layers="liger" if config.kernels.layers == "liger" else "torch",
         )
 
     @property
@@ -94,6 +99,11 @@ class TunedModel:
     def compute_bytes(self) -> int:
         """Bytes of an element in matrix products."""
         return 2 if self.bfloat16 else 4
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of an element of the residual stream: float32 weights keep it in float32."""
+        return 4 if self.bits == 32 else self.compute_bytes
 
     @cached_property
     def adapter_sizes(self) -> list[int]:

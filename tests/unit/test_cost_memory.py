@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from llara_dist.config import DataConfig, KernelsConfig, LoraConfig, ModelConfig, RunConfig
 from llara_dist.cost.activations import activation_bytes
-from llara_dist.cost.architecture import PRESETS, Architecture
+from llara_dist.cost.architecture import PRESETS
 from llara_dist.cost.memory import estimate_run_memory, frozen_bytes, run_memory, trained_bytes
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.ds_config import read_ds_config
-from llara_dist.model.hybrid import FASTEST, HybridLlama
-from llara_dist.stream.batch import Batch
-from tests.models import ITEM_DIM, ITEMS, build, packed_row, write_shape
+from tests.models import build, packed_row, saved_bytes, tuned, write_shape
 from tests.runs import ROOT
 
 GB = 10**9
@@ -31,31 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shape")
     write_shape(path)
     return path
-
-
-def tuned(folder: Path, model: dict[str, Any], lora: LoraConfig, kernels: KernelsConfig = FASTEST) -> TunedModel:
-    from transformers import LlamaConfig
-
-    run = RunConfig(model=ModelConfig(path=str(folder), **model), lora=lora, kernels=kernels)
-    architecture = Architecture.of(LlamaConfig.from_pretrained(folder))
-    return TunedModel.of(run, architecture, (ITEMS, ITEM_DIM), model.get("compute_dtype") == "bfloat16")
-
-
-def saved_bytes(model: HybridLlama, batch: Batch) -> int:
-    """Bytes of the storages that a forward pass saves, those of parameters and buffers not counted."""
-    known = {value.untyped_storage().data_ptr() for value in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (pointer := tensor.untyped_storage().data_ptr()) not in known:
-            kept.setdefault(pointer, tensor)
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(batch)
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    loss.backward()
-    return found
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,13 @@ def test_ligers_kernels_give_the_gradients_of_transformers_own(tmp_path: Path) -
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+    told = json.loads(done.stdout.splitlines()[-1])
+    for name, found in told["gradients"].items():
         # A few roundings in each of two layers, one after the other.
         assert max(found["errors"]) < 32 * torch.finfo(torch.float32).eps, name
         assert found["differs"], f"{name}: to the last bit the same numbers; Liger's kernels did not run"
+    for found, expected in told["saved"]:
+        assert expected == pytest.approx(found, rel=0.01)
 
 
 def test_liger_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
