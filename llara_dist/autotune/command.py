@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 from llara_dist import distributed
+from llara_dist.autotune.bench import DoesNotFitError
+from llara_dist.autotune.budget import GRAIN, largest_that_fits
 from llara_dist.autotune.clock import Clock, OutOfTime
+from llara_dist.autotune.found import Found
 from llara_dist.autotune.measure import ModelBench
 from llara_dist.autotune.questions import by_name, questions_for, start_of
-from llara_dist.autotune.search import GRAIN, RECOMPUTE, DoesNotFitError, Found, largest_that_fits, search
+from llara_dist.autotune.search import search
+from llara_dist.autotune.settings import RECOMPUTE
 from llara_dist.autotune.written import COLUMNS, file_text, row, settings_found
 from llara_dist.config import KernelsConfig, RunConfig, TrackingConfig
 from llara_dist.console import say, table, warn

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llara_dist.autotune.search import RECOMPUTE, DoesNotFitError, Setting
+from llara_dist.autotune.bench import DoesNotFitError
+from llara_dist.autotune.settings import RECOMPUTE, Setting
 from llara_dist.config import RunConfig
 from llara_dist.cost.architecture import Architecture
 from llara_dist.cost.memory import estimate_run_memory, trained_bytes

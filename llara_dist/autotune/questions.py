@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args, get_type_hints
 
-from llara_dist.autotune.search import RECOMPUTE, Question, Setting, Trial, label
+from llara_dist.autotune.found import Trial
+from llara_dist.autotune.settings import RECOMPUTE, Question, Setting, label
 from llara_dist.config import KernelsConfig, RunConfig
 from llara_dist.errors import FindingsError
 from llara_dist.model.kernels import Choose, Kernels

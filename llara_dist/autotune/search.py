@@ -1,166 +1,25 @@
 """Which settings are tried, in which order, and which are kept: decides, measures nothing itself.
 
 First the token budget: the largest row that fits, then the fastest of those up to it. Then one setting at a time
-against the best so far (coordinate search). Last the budget again, where settings have changed.
-
-Two settings are timed in turn, window by window, so that what slows the machine down slows both. The new one is kept
-where the median of the windows' ratios exceeds `WORTH` and all of them but one exceed 1. That is a sign test: of two
-equal settings it keeps the new one in less than a tenth of all cases, however loud the noise. A setting whose results
-differ is refused before.
+against the best so far (coordinate search). Last the budget again, where settings have changed. A setting whose results
+differ is refused before it is timed; what is timed is kept where `comparison.py` finds it faster beyond noise.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
+from llara_dist.autotune.bench import Bench, DoesNotFitError
+from llara_dist.autotune.budget import budgets, largest_that_fits
 from llara_dist.autotune.clock import OutOfTime
-from llara_dist.config import KernelsConfig
+from llara_dist.autotune.comparison import WORTH, Comparison, compare
+from llara_dist.autotune.found import Found, Trial
+from llara_dist.autotune.settings import Question, Setting, label
 
-WORTH = 1.03
-"""a setting must be so much faster than the best so far to replace it; a tie keeps what there was"""
-ROUNDS = 7
-"""pairs of windows at most; fewer where the outcome is clear"""
-CLEAR = 5
-"""pairs that are enough where all of them exceed `WORTH`"""
-GRAIN = 256
-"""tokens: budgets are found to a multiple of it"""
 COMPILE_S = 40.0
 """seconds that must be left for torch.compile to be tried, beside the loading (assumed)"""
-RECOMPUTE = "activation_checkpointing"
 BUDGET = "token budget"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is tuned.
-
-    Attributes:
-        tokens: `data.max_tokens_per_microbatch`.
-        recompute: `model.activation_checkpointing`.
-        kernels: by name, without `auto`.
-    """
-
-    tokens: int
-    recompute: bool | int
-    kernels: KernelsConfig
-
-    def value(self, name: str) -> Any:
-        """What a question's field is set to."""
-        return self.recompute if name == RECOMPUTE else getattr(self.kernels, name)
-
-    def having(self, name: str, value: Any) -> Setting:
-        """The same with one field of the model's or the kernels' changed."""
-        if name == RECOMPUTE:
-            return dataclasses.replace(self, recompute=value)
-        return dataclasses.replace(self, kernels=dataclasses.replace(self.kernels, **{name: value}))
-
-    def of_tokens(self, tokens: int) -> Setting:
-        """The same with another budget."""
-        return dataclasses.replace(self, tokens=tokens)
-
-    @property
-    def variant(self) -> Setting:
-        """What one loaded model stands for: the setting without its budget."""
-        return self.of_tokens(0)
-
-
-class Bench(Protocol):
-    """What measures. Anything may raise; a DoesNotFitError says that memory was short, and has been cleaned up."""
-
-    def prepare(self, setting: Setting) -> None:
-        """Load the model of a setting, unless it is there."""
-
-    def release(self, setting: Setting) -> None:
-        """Drop the model of a setting."""
-
-    def difference(self, setting: Setting) -> str:
-        """How the results differ from those of the first setting that was asked for; "" = by rounding only."""
-        ...
-
-    def fits(self, setting: Setting) -> bool:
-        """Whether the largest row of a setting's budget can be computed in a training run."""
-        ...
-
-    def speed(self, setting: Setting) -> float:
-        """Tokens per second, forward and backward, of one window; what is slow the first time is not in it."""
-        ...
-
-    def peak_bytes(self, setting: Setting) -> int | None:
-        """What `fits` found a setting to need."""
-        ...
-
-    def seconds_of_trial(self) -> float:
-        """What loading and comparing one more model will take, from what it took before."""
-        ...
-
-
-class DoesNotFitError(RuntimeError):
-    """The device's memory was too small."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A field, and values to try beside the one it has.
-
-    Attributes:
-        name: `activation_checkpointing`, or a field of KernelsConfig.
-        values: in the order in which they are tried.
-    """
-
-    name: str
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One line of what was tried.
-
-    Attributes:
-        what: "kernels.lora=fused".
-        tokens: the budget it was measured with.
-        tokens_per_s: of its median window; None where it was not timed.
-        ratio: of its speed to the start's; None where it was not timed.
-        peak_bytes: of device memory; None where that is not known.
-        verdict: kept, not kept and why.
-    """
-
-    what: str
-    tokens: int
-    tokens_per_s: float | None
-    ratio: float | None
-    peak_bytes: int | None
-    verdict: str
-
-
-@dataclass
-class Found:
-    """What a search came to; filled while it runs, so that it holds the best so far at any time.
-
-    Attributes:
-        best: fits, and is the fastest that was seen.
-        largest: tokens of the largest row that was seen to fit with the start's other settings; 0 = not looked for.
-        ratio: speed of `best` to the start's.
-        trials: in order.
-        untried: for lack of time.
-        settled: fields that the run is to be given: those of which another value was timed, and what `best` needs to
-            fit.
-    """
-
-    best: Setting
-    largest: int = 0
-    ratio: float = 1.0
-    trials: list[Trial] = field(default_factory=list)
-    untried: list[str] = field(default_factory=list)
-    settled: set[str] = field(default_factory=set)
-
-    @property
-    def has_start(self) -> bool:
-        """Whether so much as the start was measured."""
-        return bool(self.trials)
 
 
 def search(
@@ -224,11 +83,6 @@ def _fits_with(bench: Bench, setting: Setting) -> Callable[[int], bool]:
     return lambda tokens: bench.fits(setting.of_tokens(tokens))
 
 
-def label(name: str) -> str:
-    """A question's field as a run's settings name it."""
-    return f"model.{name}" if name == RECOMPUTE else f"kernels.{name}"
-
-
 def _begin(bench: Bench, found: Found, low: int, high: int, guess: int) -> None:
     """Measure the start, then find its budget."""
     start = found.best
@@ -245,50 +99,6 @@ def _begin(bench: Bench, found: Found, low: int, high: int, guess: int) -> None:
     found.best = best
     found.trials.append(Trial("start", best.tokens, bench.speed(best), 1.0, bench.peak_bytes(best), said))
     _tune_budget(bench, found, low, found.largest)
-
-
-def largest_that_fits(fits: Callable[[int], bool], low: int, high: int, guess: int) -> int:
-    """The largest budget that fits, to `GRAIN` or an eighth of it: by doubling or halving, then by bisection.
-
-    What is returned was seen to fit, and nothing at or below it was seen not to.
-
-    Args:
-        fits: tries a budget.
-        low: the smallest of use.
-        high: the largest of use.
-        guess: where to begin.
-
-    Returns:
-        Tokens; 0 where not even `low` fits.
-    """
-    high = max(low, high)
-    tried = min(max(guess, low), high)
-    good, bad = 0, high + 1
-    while True:  # until both are known, or an end is reached
-        if fits(tried):
-            good = tried
-            if bad <= high or good == high:
-                break
-            tried = min(2 * tried, high)
-        else:
-            bad = tried
-            if good or bad == low:
-                break
-            tried = max(tried // 2, low)
-    while good and bad <= high and bad - good > max(GRAIN, good // 8):
-        middle = (good + bad) // 2
-        middle = middle - middle % GRAIN if middle - middle % GRAIN > good else middle
-        if fits(middle):
-            good = middle
-        else:
-            bad = middle
-    return good
-
-
-def budgets(low: int, largest: int, own: int) -> list[int]:
-    """Budgets worth timing, increasing: powers of two, the run's own and the largest."""
-    powers = (2**power for power in range(low.bit_length() - 1, largest.bit_length() + 1))
-    return sorted({*(power for power in powers if low <= power <= largest), min(own, largest), largest})
 
 
 def _tune_budget(bench: Bench, found: Found, low: int, largest: int) -> None:
@@ -363,52 +173,3 @@ def _duel(bench: Bench, found: Found, champion: Setting, challenger: Setting, wh
     peak = bench.peak_bytes(challenger)
     found.trials.append(Trial(what, challenger.tokens, seen.speed, found.ratio * seen.ratio, peak, verdict))
     return seen
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What pairs of windows showed.
-
-    Attributes:
-        ratios: speed of the challenger to the champion's, pair by pair.
-        speed: the challenger's in its median window.
-    """
-
-    ratios: tuple[float, ...]
-    speed: float
-
-    @property
-    def ratio(self) -> float:
-        """Of the median pair."""
-        return median(self.ratios)
-
-    @property
-    def is_worth_it(self) -> bool:
-        """Whether the challenger is faster, beyond noise and by more than a tie."""
-        return self.ratio > WORTH and sum(ratio <= 1.0 for ratio in self.ratios) <= 1
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether more pairs would not change the outcome, or hardly."""
-        is_lost = sum(ratio <= 1.0 for ratio in self.ratios) > 1
-        return is_lost or (len(self.ratios) >= CLEAR and min(self.ratios) > WORTH)
-
-
-def compare(speed: Callable[[Setting], float], champion: Setting, challenger: Setting) -> Comparison:
-    """Time two settings in turn.
-
-    Args:
-        speed: of one window of a setting, tokens per second.
-        champion: what there is.
-        challenger: what may replace it.
-    """
-    ratios: tuple[float, ...] = ()
-    own: list[float] = []
-    for turn in range(ROUNDS):
-        order = (champion, challenger) if turn % 2 == 0 else (challenger, champion)
-        seen = {setting: speed(setting) for setting in order}
-        own.append(seen[challenger])
-        ratios = (*ratios, seen[challenger] / seen[champion])
-        if len(ratios) > 2 and Comparison(ratios, 0.0).is_clear:
-            break
-    return Comparison(ratios, median(own))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from llara_dist.autotune.search import RECOMPUTE, Found, Trial
+from llara_dist.autotune.found import Found, Trial
+from llara_dist.autotune.settings import RECOMPUTE
 from llara_dist.config import KernelsConfig
 from llara_dist.cost.hardware import GIB
 

@@ -15,22 +15,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llara_dist.autotune.bench import DoesNotFitError
+from llara_dist.autotune.budget import GRAIN, budgets, largest_that_fits
 from llara_dist.autotune.clock import Clock, OutOfTime
+from llara_dist.autotune.comparison import WORTH, compare
+from llara_dist.autotune.found import Found
 from llara_dist.autotune.measure import describe_difference, is_out_of_memory
 from llara_dist.autotune.questions import fewer_recomputed
-from llara_dist.autotune.search import (
-    GRAIN,
-    RECOMPUTE,
-    WORTH,
-    DoesNotFitError,
-    Found,
-    Question,
-    Setting,
-    budgets,
-    compare,
-    largest_that_fits,
-    search,
-)
+from llara_dist.autotune.search import search
+from llara_dist.autotune.settings import RECOMPUTE, Question, Setting
 from llara_dist.autotune.written import file_text, settings_found
 from llara_dist.config import KernelsConfig
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from llara_dist.autotune import command, search
+from llara_dist.autotune.bench import DoesNotFitError
 from llara_dist.autotune.measure import ModelBench
 from llara_dist.autotune.questions import questions_for, start_of
-from llara_dist.autotune.search import DoesNotFitError
 from llara_dist.cli import main
 from llara_dist.config import LoraConfig, RunConfig, to_dict
 from llara_dist.distributed import World

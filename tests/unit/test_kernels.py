@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llara_dist.autotune.questions import questions_for
-from llara_dist.autotune.search import Setting
+from llara_dist.autotune.settings import Setting
 from llara_dist.config import KernelsConfig, ModelConfig
 from llara_dist.errors import FindingsError
 from llara_dist.model.kernels import Choose, chooser, runnable
