@@ -10,7 +10,7 @@ import torch
 from benchmarks.arms.setup import Setup, set_trained
 from benchmarks.arms.turns import Turns
 from llara_dist import distributed
-from llara_dist.autotune.measure import without_dropout
+from llara_dist.autotune.agreement import without_dropout
 from llara_dist.config import KernelsConfig
 from llara_dist.model.hybrid import HybridLlama
 from llara_dist.stream.batch import collate

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.arms.setup import Setup, padded, set_trained, text_rows, trained
 from benchmarks.arms.turns import Turns
-from llara_dist.autotune.measure import without_dropout
+from llara_dist.autotune.agreement import without_dropout
 from llara_dist.data.samples import Sample
 from llara_dist.model.nf4 import silence_import
 from llara_dist.recommenders.item_table import load_item_table

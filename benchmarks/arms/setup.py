@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llara_dist.autotune.measure import without_dropout
+from llara_dist.autotune.agreement import without_dropout
 from llara_dist.config import (
     CheckpointConfig,
     CurriculumConfig,

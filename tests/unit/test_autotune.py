@@ -15,12 +15,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llara_dist.autotune.agreement import describe_difference
 from llara_dist.autotune.bench import DoesNotFitError
 from llara_dist.autotune.budget import GRAIN, budgets, largest_that_fits
 from llara_dist.autotune.clock import Clock, OutOfTime
 from llara_dist.autotune.comparison import WORTH, compare
 from llara_dist.autotune.found import Found
-from llara_dist.autotune.measure import describe_difference, is_out_of_memory
+from llara_dist.autotune.models import is_out_of_memory
 from llara_dist.autotune.questions import fewer_recomputed
 from llara_dist.autotune.search import search
 from llara_dist.autotune.settings import RECOMPUTE, Question, Setting

@@ -155,7 +155,7 @@ def test_after_memory_ran_out_the_same_model_goes_on(
             return forward(row)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(bench, "_window_rows", {start: 2})
+    monkeypatch.setattr(bench._windows, "_counts", {start: 2})
     monkeypatch.setattr(model, "forward", second_call_fails)
     with pytest.raises(DoesNotFitError):
         bench.speed(start)
