@@ -134,7 +134,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         skip: set[str | int] = {"out"} if command.out else set()
         parser.add_class_arguments(RunConfig, as_group=True, skip=skip)
         if command.out:
-            parser.add_argument("--out", type=Path, default=RunConfig().out, help=command.out)
+            parser.add_argument("--out", type=Path, required=True, help=command.out)
     if name == "train":
         parser.add_argument("--debug", action="store_true", help="one process, few steps, everything shown and checked")
         parser.add_argument("--profile", action="store_true", help="torch profiler trace of three steps in OUT/profile")

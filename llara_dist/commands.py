@@ -110,7 +110,7 @@ COMMANDS = {
         "the token budget and kernels that are fastest on this machine, measured in two minutes, as a further --config",
         "llara-dist tune --config launch/configs/movielens.yaml --model.path llm --data.shards shards/out/movielens "
         "--recommender.path recommenders/sasrec --out tuned.yaml",
-        out="YAML file to write, to be given to train as a further --config",
+        out="FILE.yaml to write, to be given to train as a further --config; give it after a --config that names `out`",
     ),
     "train": Command(
         "llara_dist.tuning:train",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llara_dist.cli import main
+from llara_dist.config import RunConfig
 
 
 def train(inputs: Path, out: Path, *options: str) -> None:
@@ -199,4 +200,7 @@ def test_every_command_has_help_with_an_example(capsys) -> None:
         shown = " ".join(capsys.readouterr().out.split())
         assert f"example: {' '.join(command.example.split())}" in shown, name
         assert "--json" in shown
+        if command.out:  # what it names is no folder of a run, whose default would be refused
+            assert f"{command.out} (required" in shown
+            assert str(RunConfig().out) not in shown
     assert os.environ.get("OMP_NUM_THREADS")
