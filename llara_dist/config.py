@@ -117,7 +117,7 @@ class KernelsConfig:
         lora: fused = one op around each linear layer; peft = PEFT's own forward pass.
         layers: liger = Liger kernels for RMSNorm, RoPE and SwiGLU; torch = transformers' own.
         last_layer: answers = the last layer computes only what the answers' predictions need; all = every position.
-        compile: torch.compile of the decoder layers.
+        compile: torch.compile of the decoder layers; needs a C++ compiler on every node.
     """
 
     attention: Literal["auto", "flash3", "flash2", "varlen", "sdpa"] = "auto"

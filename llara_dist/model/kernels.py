@@ -135,14 +135,15 @@ def choose_kernels(
         "lora": lambda asked: _lora(asked, device, zero_stage),
         "layers": lambda asked: _layers(asked, device),
         "last_layer": lambda asked: _last_layer(asked, model_attention),
-        "compile": lambda asked: _compile(asked, zero_stage),
+        "compile": lambda asked: _compile(asked, device, zero_stage),
     }.items():
         asked = getattr(config, name)
         try:
             values[name], reason = choose(asked)
         except _RefusedError as error:
             shown, instead = ("true", "false") if asked is True else (asked, "auto")
-            refused.append(Finding(error.check, f"kernels.{name}={shown}: {error}", f"use {instead}"))
+            remedy = f"{error.remedy}, or use {instead}" if error.remedy else f"use {instead}"
+            refused.append(Finding(error.check, f"kernels.{name}={shown}: {error}", remedy))
             continue
         reasons += [(name, reason)] if reason else []
     if refused:
@@ -156,11 +157,12 @@ class _RefusedError(ValueError):
     Args:
         reason: in a few words.
         check: name of the finding.
+        remedy: what to do to have it run, where that is more than to install what the reason names.
     """
 
-    def __init__(self, reason: str, check: str = CHECK_HERE) -> None:
+    def __init__(self, reason: str, check: str = CHECK_HERE, remedy: str = "") -> None:
         super().__init__(reason)
-        self.check = check
+        self.check, self.remedy = check, remedy
 
 
 def _attention(
@@ -240,11 +242,29 @@ def _last_layer(asked: str, model_attention: str) -> tuple[str, str]:
     return asked, ""
 
 
-def _compile(asked: bool, zero_stage: int) -> tuple[bool, str]:
+def _compile(asked: bool, device: torch.device, zero_stage: int) -> tuple[bool, str]:
     """Whether the decoder layers are compiled."""
     if asked and zero_stage == 3:
         raise _RefusedError("ZeRO-3 gathers parameters in hooks that a compiled layer skips", CHECK)
+    # On a GPU as well: fused adapters draw their seeds on the host, which a compiled layer does in C++.
+    if asked and _has_no_cpp_compiler():
+        raise _RefusedError("torch.compile finds no C++ compiler", remedy="install g++, name another in CXX")
+    if asked and device.type == "cuda" and (lacks := _triton_lacks()):
+        raise _RefusedError(lacks)
     return asked, ""
+
+
+def _has_no_cpp_compiler() -> bool:
+    """Whether torch.compile would fail at the first pass, by its own search: CXX, else g++."""
+    # Not needed where nothing is compiled, and slow to import.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):  # OSError: what CXX names cannot be started
+        return True
+    return False
 
 
 def _triton_lacks() -> str:

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of several rooms of the data path share."""
+"""Fixtures that the tests of several rooms share."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     running = FaultyServer()
     yield running
     running.close()
+
+
+@pytest.fixture
+def no_cpp_compiler() -> Iterator[None]:
+    """torch.compile's own search finds none."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        yield

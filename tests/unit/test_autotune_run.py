@@ -36,6 +36,7 @@ def test_what_tune_writes_is_a_further_config_of_the_run(
 ) -> None:
     monkeypatch.setattr(command, "WINDOW_S", 0.02)
     monkeypatch.setattr(search, "COMPILE_S", 1e9)
+    monkeypatch.setattr("llara_dist.model.kernels._has_no_cpp_compiler", lambda: False)  # nothing is compiled
     config = run_config(inputs, tmp_path / "unused", max_steps=1, global_batch_samples=5)
     run, tuned, out = write_run(tmp_path / "run.yaml", config), tmp_path / "tuned.yaml", tmp_path / "run"
     main(["tune", "--config", str(run), "--out", str(tuned), "--seconds", "600", "--json"])
@@ -122,7 +123,10 @@ def bench(inputs: Path, tmp_path: Path) -> ModelBench:
     return ModelBench(config, open_inputs(config, World()), CPU, ranks=2, window_s=0.0)
 
 
-def test_a_wrong_adapter_is_seen_though_adapters_start_at_zero(bench: ModelBench, inputs: Path) -> None:
+def test_a_wrong_adapter_is_seen_though_adapters_start_at_zero(
+    bench: ModelBench, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llara_dist.model.kernels._has_no_cpp_compiler", lambda: False)  # nothing is compiled
     config = run_config(inputs, Path("unused"))
     choose = chooser(config.model, CPU, 0)
     start = start_of(config, choose)

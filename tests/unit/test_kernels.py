@@ -30,12 +30,17 @@ def findings(choose: Choose, asked: KernelsConfig) -> list[tuple[str, str]]:
     return [(finding.check, finding.line) for finding in caught.value.errors]
 
 
+@pytest.mark.usefixtures("no_cpp_compiler")
 def test_every_field_that_cannot_run_is_refused_in_one_form(model: ModelConfig) -> None:
     asked = KernelsConfig("flash2", "triton", "fused", "liger", compile=True)
     assert findings(chooser(model, CPU), asked) == [
         ("kernels here", "kernels.attention=flash2: no GPU; use auto"),
         ("kernels here", "kernels.projector=triton: no GPU; use auto"),
         ("kernels here", "kernels.layers=liger: no GPU; use auto"),
+        (
+            "kernels here",
+            "kernels.compile=true: torch.compile finds no C++ compiler; install g++, name another in CXX, or use false",
+        ),
     ]
     # What the stage rules out is told on any machine, also on one that could not run it.
     assert [line for check, line in findings(chooser(model, CPU, 3), asked) if check == "kernels"] == [

@@ -65,6 +65,17 @@ def test_layers_are_not_compiled_under_zero_3() -> None:
         choose_kernels(KernelsConfig(compile=True), CPU, torch.float32, zero_stage=3)
 
 
+def test_layers_are_not_compiled_on_a_gpu_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llara_dist.model.kernels._has_no_cpp_compiler", lambda: False)
+    config = KernelsConfig("sdpa", "eager", "peft", "torch", compile=True)
+    monkeypatch.setattr("llara_dist.model.kernels._triton_lacks", lambda: "")
+    assert choose_kernels(config, GPU, torch.bfloat16).compile
+    monkeypatch.setattr("llara_dist.model.kernels._triton_lacks", lambda: "triton finds no C compiler")
+    assert choose_kernels(config, CPU, torch.float32).compile
+    with pytest.raises(InputError, match=r"kernels.compile=true: triton finds no C compiler; use false$"):
+        choose_kernels(config, GPU, torch.bfloat16)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
 def test_compiled_layers_train_as_eager_ones_and_are_not_compiled_again(

@@ -150,6 +150,17 @@ def test_kernels_that_the_stage_or_the_device_rule_out(capsys, inputs: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_cpp_compiler")
+@pytest.mark.parametrize("name", ["preflight", "train"])
+def test_a_compiler_is_asked_for_before_anything_is_loaded(capsys, inputs: Path, tmp_path: Path, name: str) -> None:
+    assert command(name, inputs, tmp_path / "run", "--kernels.compile", "true") == 2
+    assert capsys.readouterr().err == (
+        "error: kernels.compile=true: torch.compile finds no C++ compiler; "
+        "install g++, name another in CXX, or use false\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_job_is_checked_for_what_its_stage_rules_out_and_not_for_this_machine(inputs: Path, tmp_path: Path) -> None:
     resources = Resources(gpus_per_node=2)
     kernels = KernelsConfig(attention="flash2", projector="triton", layers="liger")
