@@ -105,6 +105,19 @@ def runnable(config: KernelsConfig, choose: Choose) -> KernelsConfig:
     return config
 
 
+def settle_memory(config: KernelsConfig, device: torch.device, zero_stage: int) -> KernelsConfig:
+    """The same with what `auto` comes to on a device, for adapters and layers: they decide what a step needs.
+
+    Args:
+        config: the run's.
+        device: where it computes.
+        zero_stage: as in `choose_kernels`.
+    """
+    chosen = {"lora": _lora("auto", device, zero_stage)[0], "layers": _layers("auto", device)[0]}
+    left = {name: value for name, value in chosen.items() if getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **left)
+
+
 def choose_kernels(
     config: KernelsConfig,
     device: torch.device,

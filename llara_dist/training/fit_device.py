@@ -16,8 +16,9 @@ from llara_dist.cost.memory import estimate_run_memory
 from llara_dist.cost.recommend import MARGIN, fewest_recomputed
 from llara_dist.cost.work import SampleSizes
 from llara_dist.distributed import World, pick_device
-from llara_dist.ds_config import read_ds_config
+from llara_dist.ds_config import read_ds_config, zero_stage
 from llara_dist.errors import InputError
+from llara_dist.model.kernels import settle_memory
 from llara_dist.model.llama import compute_dtype, read_llama_config
 from llara_dist.recommenders.item_table import load_item_table
 from llara_dist.stream.locations import node_cache, open_samples
@@ -127,8 +128,9 @@ def _predictor(
     table = (item_table.shape[0], item_table.shape[1])
 
     def predict(tried: RunConfig) -> int:
+        settled = dataclasses.replace(tried, kernels=settle_memory(tried.kernels, device, zero_stage(ds_config)))
         memory = estimate_run_memory(
-            tried, llama, ds_config, ranks, table, samples, device.type, dtype == torch.bfloat16
+            settled, llama, ds_config, ranks, table, samples, device.type, dtype == torch.bfloat16
         )
         return memory.device_bytes
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from llara_dist import distributed
-from llara_dist.config import LoraConfig, ModelConfig, RunConfig
+from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, RunConfig
 from llara_dist.cost.architecture import PRESETS
-from llara_dist.cost.memory import GIB, run_memory
+from llara_dist.cost.memory import GIB, estimate_run_memory, run_memory
 from llara_dist.cost.recommend import MARGIN, fewest_recomputed
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.distributed import World
 from llara_dist.errors import InputError
+from llara_dist.model import kernels as kernels_module
 from llara_dist.model.llama import read_llama_config
 from llara_dist.training import fit_device as fitting
 from llara_dist.training.engine import seed_dropout
@@ -64,12 +65,11 @@ def test_more_layers_than_there_are_is_refused(folder: Path) -> None:
         ModelConfig(activation_checkpointing=-1)
 
 
-def chosen(config: RunConfig) -> int:
+def chosen(config: RunConfig, device: str = "cpu") -> int:
     world = World()
     inputs = open_inputs(config, world)
     weight = inputs.item_table.weight
-    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda")
-    found = choose_recomputed(config, inputs.shards, weight, inputs.ds_config, world, device)
+    found = choose_recomputed(config, inputs.shards, weight, inputs.ds_config, world, torch.device(device))
     assert dataclasses.replace(found, model=config.model) == config
     count = found.model.activation_checkpointing
     assert isinstance(count, int)
@@ -103,6 +103,35 @@ def test_auto_recomputes_as_few_layers_as_memory_asks_for(
     monkeypatch.setattr(distributed, "gather_objects", lambda room: [room, GIB // 2])
     assert chosen(config) == layers
     assert "to stay under 0.5 GiB" in capsys.readouterr().out
+
+
+def test_auto_counts_the_layers_that_will_compute(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Liger's keep less: with memory between what the two need, one of them recomputes and the other does not."""
+    config = run_config(inputs, tmp_path / "run", max_tokens_per_microbatch=1 << 20, global_batch_samples=4096)
+    needs: dict[str, int] = {}
+    for layers in ("torch", "liger"):
+        opened = open_inputs(config, World())
+        held = dataclasses.replace(config, kernels=KernelsConfig(layers=layers))
+        sizes = SampleSizes.of(opened.shards.info, opened.shards.longest)
+        items, width = opened.item_table.weight.shape
+        llama = read_llama_config(config.model)
+        memory = estimate_run_memory(held, llama, opened.ds_config, 1, (items, width), sizes, "cuda", True)
+        needs[layers] = memory.device_bytes
+    assert needs["liger"] < needs["torch"]
+
+    target = sum(needs.values()) / 2 / GIB
+    model = dataclasses.replace(config.model, activation_checkpointing="auto", memory_target_gib=target)
+    config = dataclasses.replace(config, model=model)
+    monkeypatch.setattr(fitting, "free_device_bytes", lambda device: 64 * GIB)
+    monkeypatch.setattr(fitting, "compute_dtype", lambda model, device: torch.bfloat16)
+    for installed, recomputes in ((True, False), (False, True)):
+        monkeypatch.setattr(kernels_module, "find_spec", lambda name, installed=installed: installed or None)
+        monkeypatch.setattr(kernels_module, "_liger_lacks", lambda: "")
+        monkeypatch.setattr(kernels_module, "_triton_lacks", lambda: "")
+        assert bool(chosen(config, "cuda")) == recomputes
+        assert chosen(dataclasses.replace(config, kernels=KernelsConfig(layers="torch")), "cuda") > 0
 
 
 def test_the_fewest_layers_that_fit_are_taken() -> None:

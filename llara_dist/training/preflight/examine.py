@@ -18,7 +18,7 @@ from llara_dist.cost.work import SampleSizes
 from llara_dist.distributed import World
 from llara_dist.ds_config import CHECK, check_ds_config, load_ds_config, zero_stage
 from llara_dist.errors import Finding, InputError
-from llara_dist.model.kernels import CHECK_HERE, Kernels, chooser
+from llara_dist.model.kernels import CHECK_HERE, Kernels, chooser, settle_memory
 from llara_dist.model.llama import compute_dtype, read_llama_config
 from llara_dist.recommenders.item_table import ItemTable, load_item_table
 from llara_dist.stream.locations import is_remote, node_cache, open_samples
@@ -307,8 +307,9 @@ def _examine_memory(
     shards: Samples,
 ) -> None:
     """Whether memory holds a rank on its device, and the node's ranks on their host."""
+    kernels = settle_memory(config.kernels, machine.device, zero_stage(ds_config))
     memory = estimate_run_memory(
-        config,
+        dataclasses.replace(config, kernels=kernels),
         architecture,
         ds_config,
         machine.world.size,
