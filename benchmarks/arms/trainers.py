@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -212,40 +213,58 @@ def train_sft(setup: Setup, turns: Turns, rows: int, model: Any, tokenizer: Any)
 def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
     """LLaMA-Factory's supervised fine-tuning, packed with attention inside each sample (its `neat_packing`).
 
-    It tokenises the prompts' text itself, chooses which samples share a row, fills each row up with padding and
-    shuffles rows: a step has about as many samples as ours, not the same, and its loss is not compared. Written from
-    version 0.9.5's source; it has never been run, since that version wants older libraries than this package.
+    It tokenises the prompts' text itself, special tokens included: to the same tokens, or the result counts the samples
+    with others. A step has the same samples as ours: its packing sees one step's samples at a time and its rows are not
+    shuffled. All its rows have one length, filled up with padding that only flash-attention takes out again: the
+    shortest length at which every step has equally many rows, and as few as possible. Adapters are float32, as in the
+    other arms. Version 0.9.5 wants older libraries than this package: the result names those that it ran on.
     """
     require("llamafactory")
     from llamafactory.train.tuner import run_exp  # pyright: ignore[reportMissingImports]
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
 
-    tokenizer = AutoTokenizer.from_pretrained(setup.model)
+    tokenizer = load_tokenizer(setup)
     folder = Path(setup.scratch) / "llama_factory"
     folder.mkdir(exist_ok=True)  # a second attempt, with shorter rows
-    records, tokens = [], 0
+    records, lengths, different = [], [], 0
     for step in setup.batches():
+        lengths.append([])
         for sample in step:
-            prompt, answer = sample.tokens[1 : sample.answer_start], sample.tokens[sample.answer_start :]
-            texts = [tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in (prompt, answer)]
+            ids = sample.tokens[: sample.answer_end].tolist()
+            texts = [tokenizer.decode(part) for part in (ids[: sample.answer_start], ids[sample.answer_start :])]
+            again = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)]
             records.append({"instruction": texts[0], "input": "", "output": texts[1]})
-            tokens += sum(len(tokenizer(text)["input_ids"]) for text in texts)
+            lengths[-1].append(len(again))
+            different += again != ids
     (folder / "rows.json").write_text(json.dumps(records))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    rows_a_step, positions = equal_rows(lengths, max(setup.budget * rows // setup.rows, LONGEST_SAMPLE))
+    flash = setup.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
 
     class TakeTurns(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            set_trained(trained(model))
+            turns.ready(
+                text_loss=text_loss(model, setup.checked(), setup),
+                attention="flash_attention_2" if flash else "sdpa with a mask over the whole row (no flash-attn)",
+                rows_a_step=rows_a_step,
+                positions_of_a_row=positions,
+                samples_with_other_tokens=different,
+                libraries={name: version(name) for name in ("transformers", "peft", "accelerate")},
+            )
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             turns.begin()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            turns.end()
+            tokens = sum(lengths[state.global_step - 1])
+            turns.end(tokens=tokens, positions=tokens if flash else rows_a_step * positions)
 
-    row = max(setup.budget * rows // setup.rows, LONGEST_SAMPLE)
-    rows_a_step = max(1, round(tokens / row / setup.steps))
-    turns.ready(loss="not compared", tokens_of_a_row=row, rows_a_step=rows_a_step, tokens_of_all_samples=tokens)
     run_exp(
         {
             "model_name_or_path": setup.model,
+            "cache_dir": str(folder),
             "stage": "sft",
             "do_train": True,
             "finetuning_type": "lora",
@@ -258,8 +277,10 @@ def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
             "template": "empty",
             "packing": True,
             "neat_packing": True,
-            "cutoff_len": row,
-            "flash_attn": "fa2" if importlib.util.find_spec("flash_attn") is not None else "sdpa",
+            "cutoff_len": positions,
+            "preprocessing_batch_size": setup.global_batch,
+            "disable_shuffling": True,
+            "flash_attn": "fa2" if flash else "sdpa",
             "disable_gradient_checkpointing": True,
             "overwrite_output_dir": True,
             **training_arguments(setup, rows),
@@ -268,6 +289,30 @@ def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
         },
         callbacks=[TakeTurns()],
     )
+
+
+def equal_rows(lengths: list[list[int]], most: int) -> tuple[int, int]:
+    """Into how many rows LLaMA-Factory packs each step, and how many positions they have: fewest rows, then shortest.
+
+    Args:
+        lengths: tokens of each step's samples.
+        most: positions of a row.
+
+    Raises:
+        NotHere: at every length some steps would have more rows than others.
+    """
+    from llamafactory.data.processor.processor_utils import greedy_knapsack  # pyright: ignore[reportMissingImports]
+
+    found = []
+    longest = max(max(step) for step in lengths)
+    # It keeps one position free, and pads all but the position ids to a multiple of 8.
+    for positions in range((longest // 8 + 1) * 8, most + 1, 8):
+        rows = {len(greedy_knapsack(list(step), positions - 1)) for step in lengths}
+        if len(rows) == 1:
+            found.append((rows.pop(), positions))
+    if not found:
+        raise NotHere("at no length of its rows do all steps have equally many")
+    return min(found)
 
 
 def require(*packages: str) -> None:
