@@ -11,7 +11,7 @@ Every arm computes the same optimizer steps, on the same samples, with the same 
 - HF Trainer: transformers' Trainer, PEFT, bitsandbytes NF4, padded, on text (arms/trainers.py); with --ablate also
   grouped by length;
 - TRL padding-free, Unsloth, LLaMA-Factory: with the interpreter that --peers names, else with this one; an arm that
-  does not run says why.
+  does not run says why. LLaMA-Factory wants an environment, and so a run, of its own (benchmarks/peers.txt).
 
 Before anything is timed, ours and the published method must give the same loss on the same hybrid samples, ours and the
 text trainers on the same text-only samples, dropout off and all adapters at the same values.
