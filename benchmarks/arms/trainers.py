@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ class NotHere(Exception):
 
 
 class Counting:
-    """A collator that counts the positions and the tokens of the batches that it makes.
+    """A collator that counts the positions and the tokens of the batches that it makes, in a loader's processes too.
 
     Args:
         collate: the trainer's own.
@@ -33,13 +34,25 @@ class Counting:
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self._collate = collate
-        self.positions = self.tokens = 0
+        self._positions, self._tokens = multiprocessing.Value("q", 0), multiprocessing.Value("q", 0)
+
+    @property
+    def positions(self) -> int:
+        """Padding included."""
+        return self._positions.value
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return self._tokens.value
 
     def __call__(self, rows: Any) -> Any:
         """Collate, and count."""
         batch = self._collate(rows)
-        self.positions += batch["input_ids"].numel()
-        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        with self._positions.get_lock():
+            self._positions.value += batch["input_ids"].numel()
+        with self._tokens.get_lock():
+            self._tokens.value += sum(len(row["input_ids"]) for row in rows)
         return batch
 
 
