@@ -14,6 +14,8 @@ settings.load_profile("no deadline")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test asks a model hub, whose client tries again for 20 s where there is no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure() -> None:

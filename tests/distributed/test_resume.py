@@ -112,7 +112,9 @@ def stopped(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig
     return config
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("zero2", 1), ("zero3", 3), ("zero1", 4)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [("zero2", 1), ("zero3", 3), pytest.param("zero1", 4, marks=pytest.mark.long)]
+)
 def test_saved_on_two_ranks_and_resumed_on_another_world_and_stage(
     inputs: Path, tmp_path: Path, whole: RunConfig, stopped: RunConfig, stage: str, ranks: int
 ) -> None:
