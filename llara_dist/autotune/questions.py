@@ -56,7 +56,7 @@ def questions_for(start: Setting, choose: Choose) -> tuple[list[Question], list[
     def ask(name: str, values: tuple[Any, ...]) -> None:
         possible = []
         for value in values:
-            asked, what = start.having(name, value).kernels, f"{label(name)}={value}"
+            asked, what = start.having(name, value).kernels, label(name, value)
             try:
                 chosen = by_name(choose(asked))
             except FindingsError as error:

@@ -49,7 +49,7 @@ def search(
         Exception: what the start itself raised.
     """
     start = found.best
-    pending = [BUDGET, *(f"{label(q.name)}={v}" for q in questions for v in q.values)]
+    pending = [BUDGET, *(label(q.name, v) for q in questions for v in q.values)]
     try:
         _begin(bench, found, low, high, guess)
         pending.pop(0)
@@ -125,7 +125,7 @@ def _try(bench: Bench, found: Found, name: str, value: Any, low: int) -> None:
     """One value of a field against the best so far; what it raises is its verdict."""
     champion = found.best
     challenger = champion.having(name, value)
-    what = f"{label(name)}={value}"
+    what = label(name, value)
 
     def note(verdict: str) -> None:
         found.trials.append(Trial(what, champion.tokens, None, None, None, verdict))

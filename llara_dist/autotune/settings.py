@@ -58,6 +58,7 @@ class Question:
     values: tuple[Any, ...]
 
 
-def label(name: str) -> str:
-    """A question's field as a run's settings name it."""
-    return f"model.{name}" if name == RECOMPUTE else f"kernels.{name}"
+def label(name: str, value: Any) -> str:
+    """A question's field and one of its values as they stand on a command line: "kernels.compile=true"."""
+    section = "model" if name == RECOMPUTE else "kernels"
+    return f"{section}.{name}={str(value).lower() if isinstance(value, bool) else value}"

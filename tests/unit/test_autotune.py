@@ -24,7 +24,7 @@ from llara_dist.autotune.found import Found
 from llara_dist.autotune.models import is_out_of_memory
 from llara_dist.autotune.questions import fewer_recomputed
 from llara_dist.autotune.search import search
-from llara_dist.autotune.settings import RECOMPUTE, Question, Setting
+from llara_dist.autotune.settings import RECOMPUTE, Question, Setting, label
 from llara_dist.autotune.written import file_text, settings_found
 from llara_dist.config import KernelsConfig
 
@@ -129,7 +129,7 @@ def test_what_is_faster_is_kept_and_what_ties_is_not() -> None:
     said = verdicts(found)
     assert said["kernels.attention=flash3"].startswith("not kept: a tie")
     assert said["kernels.attention=varlen"] == said["kernels.lora=fused"] == "kept"
-    assert said["kernels.compile=True"] == "slower"
+    assert said["kernels.compile=true"] == "slower"
     assert found.untried == []
     assert bench.loaded == {found.best.variant}  # nothing that lost stays in memory
     # Named is what the default would not come to here; where the run names what the default comes to, it is let go.
@@ -159,7 +159,7 @@ def test_a_choice_that_breaks_or_differs_is_told_and_the_search_goes_on() -> Non
 def test_what_was_found_before_the_device_broke_is_kept() -> None:
     found = run(FakeBench(lambda s: 1500.0 if s.kernels.attention == "varlen" else 1000.0, broken=("fused",)))
     assert found.best.kernels == dataclasses.replace(KERNELS, attention="varlen")
-    assert found.untried == ["kernels.compile=True"]
+    assert found.untried == ["kernels.compile=true"]
     assert found.trials[-1].what == "kernels.lora=fused"
     assert found.trials[-1].verdict == "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
     with pytest.raises(ImportError):  # where the start itself breaks there is nothing to keep
@@ -197,7 +197,7 @@ def test_what_needs_more_memory_gets_the_budget_that_it_fits_with() -> None:
     bench = FakeBench(lambda s: 1000.0 if s.recompute else 1300.0, memory=20_000, model_bytes=11_000)
     found = run(bench, start, [Question(RECOMPUTE, (False,))])
     assert found.best.recompute is True
-    assert "memory does not hold it" in verdicts(found)["model.activation_checkpointing=False"]
+    assert "memory does not hold it" in verdicts(found)["model.activation_checkpointing=false"]
 
 
 @given(seconds=st.floats(0.01, 120.0))
@@ -216,7 +216,7 @@ def test_whenever_the_time_is_up_the_best_so_far_fits_and_the_rest_is_named(seco
     assert ("fits", found.best) in bench.log
     assert bench.need(found.best) <= bench.memory
     tried = set(verdicts(found)) | set(found.untried)
-    assert {f"kernels.{q.name}={value}" for q in QUESTIONS for value in q.values} <= tried
+    assert {label(q.name, value) for q in QUESTIONS for value in q.values} <= tried
 
 
 @given(limit=st.integers(0, 50_000), guess=st.integers(1, 60_000), flaky=st.integers(0, 2**16))

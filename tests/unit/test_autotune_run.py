@@ -41,14 +41,14 @@ def test_what_tune_writes_is_a_further_config_of_the_run(
     run, tuned, out = write_run(tmp_path / "run.yaml", config), tmp_path / "tuned.yaml", tmp_path / "run"
     main(["tune", "--config", str(run), "--out", str(tuned), "--seconds", "600", "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["untried"] == ["kernels.compile=True"]
+    assert result["untried"] == ["kernels.compile=true"]
     assert result["trials"][0]["what"] == "start"
     timed = {trial["what"] for trial in result["trials"] if trial["tokens_per_s"]}
     assert timed >= {"token budget", "kernels.last_layer=all"}
     assert yaml.safe_load(tuned.read_text()) == result["settings"]
     comments = [line for line in tuned.read_text().splitlines() if line.startswith("#")]
     assert any(f"torch: {torch.__version__}" in line for line in comments)
-    assert any("kernels.compile=True | not tried" in line for line in comments)
+    assert any("kernels.compile=true | not tried" in line for line in comments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "tuned.yaml"]  # nothing else is left
 
     main(["train", "--config", str(run), "--config", str(tuned), "--out", str(out)])

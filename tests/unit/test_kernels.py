@@ -85,4 +85,4 @@ def test_tune_says_why_a_choice_is_not_tried(model: ModelConfig) -> None:
     said = {trial.what: trial.verdict for trial in impossible}
     assert said["kernels.attention=varlen"] == "not here: no GPU"
     assert said["kernels.lora=fused"] == "not here: ZeRO-3 gathers adapters in PEFT's calls"
-    assert said["kernels.compile=True"].startswith("not here: ZeRO-3 gathers parameters")
+    assert said["kernels.compile=true"].startswith("not here: ZeRO-3 gathers parameters")
