@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import versions
 from llara_dist import distributed
 from llara_dist.config import LoraConfig, RunConfig
 from llara_dist.cost.activations import activation_bytes
@@ -50,6 +51,7 @@ from tests.distributed.training import join
 from tests.models import write_shape
 from tests.runs import make_inputs, run_config
 
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 SHAPES = {
     "small": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4},
     "wide": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
@@ -94,7 +96,7 @@ def main() -> None:
         case["time"] |= predict_times(case, cpu, fitted)
     result = {
         "hardware": f"{os.cpu_count()} shared {platform.machine()} CPU cores, one thread a rank, no GPU",
-        "versions": versions(),
+        "versions": versions(LIBRARIES),
         "measured_peaks": {"flops": cpu.flops, "memory_bytes_per_s": cpu.memory_bandwidth},
         "fitted_on_small_zero0_1": dataclasses.asdict(fitted),
         "worst_relative_error": worst(cases),
@@ -105,14 +107,6 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def measure_all(folder: Path) -> list[dict[str, Any]]:

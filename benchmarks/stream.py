@@ -26,7 +26,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.record import versions
 from llara_dist.data.samples import ARRAYS, Sample, unpack
 from llara_dist.stream.batch import Batch, collate
 from llara_dist.stream.loader import StepLoader
@@ -79,7 +79,7 @@ def main() -> None:
             "what": "benchmarks/stream.py",
             "hardware": options.hardware,
             "load_average_before": os.getloadavg(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+            "versions": versions(LIBRARIES),
             **compare_readers(options.shards, scratch, options.seconds, options.rounds),
         }
         if options.data is not None and options.tokenizer is not None:
