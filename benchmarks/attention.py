@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.arms.inputs import SHAPES
 from benchmarks.record import machine
 from llara_dist.config import LoraConfig, ModelConfig, ProjectorConfig
 from llara_dist.data.samples import Sample
@@ -34,14 +35,8 @@ from llara_dist.model.packing import Packing
 from llara_dist.stream.batch import Batch, collate
 from tests.models import write_shape
 
-ANSWER, SLOTS, ITEMS, ITEM_DIM, VOCABULARY = 8, 30, 1682, 64, 32000
-SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-}
+ANSWER, SLOTS, ITEMS, ITEM_DIM = 8, 30, 1682, 64
+SHAPE = {**SHAPES["small"], "num_key_value_heads": SHAPES["small"]["num_attention_heads"]}
 HEADS, HEAD_DIM = 8, 64
 
 
@@ -55,7 +50,7 @@ def row(tokens: int) -> Batch:
             Sample(
                 key=len(samples),
                 pass_index=0,
-                tokens=random.integers(2, VOCABULARY, length).astype(np.uint32),
+                tokens=random.integers(2, SHAPE["vocab_size"], length).astype(np.uint32),
                 slot_positions=slots,
                 slot_items=random.integers(0, ITEMS, SLOTS).astype(np.int32),
                 title_starts=slots - 1,
@@ -129,7 +124,7 @@ def attention(batch: Batch, device: torch.device, dtype: torch.dtype, repeats: i
 def last_layer(batch: Batch, device: torch.device, repeats: int) -> dict[str, Any]:
     """Forward and backward pass of a small NF4 model with LoRA."""
     with tempfile.TemporaryDirectory() as folder:
-        write_shape(Path(folder), vocab_size=VOCABULARY, **SHAPE)
+        write_shape(Path(folder), **SHAPE)
         table = torch.randn(ITEMS, ITEM_DIM, generator=torch.Generator().manual_seed(0))
         config = ModelConfig(path=folder, bits=4)
         model = build_hybrid_llama(config, LoraConfig(), ProjectorConfig(), table, device, seed=0).train()

@@ -20,6 +20,11 @@ from benchmarks.arms.setup import LONGEST_SAMPLE, Setup, set_trained, text_loss,
 from benchmarks.arms.turns import Turns
 from llara_dist.model.nf4 import silence_import
 
+FLASH = "flash_attention_2"
+"""transformers' name of flash-attn"""
+MASKED = "sdpa with a mask over the whole row (no flash-attn)"
+"""how a peer that packs is told to attend where there is none"""
+
 
 class NotHere(Exception):
     """A peer that this machine cannot run; says why."""
@@ -166,11 +171,10 @@ def run_trainer(setup: Setup, turns: Turns, rows: int, grouped: bool = False, re
 def run_sft(setup: Setup, turns: Turns, rows: int) -> None:
     """TRL's SFTTrainer, padding-free, with flash-attention where it is installed."""
     require("trl", "datasets")
-    flash = setup.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    model = load_quantised(setup, recompute=False, attention="flash_attention_2" if flash else "sdpa")
+    flash = has_flash(setup)
+    model = load_quantised(setup, recompute=False, attention=FLASH if flash else "sdpa")
     loss = text_loss(model, setup.checked(), setup)
-    attention = "flash_attention_2" if flash else "sdpa with a mask over the whole row (no flash-attn)"
-    turns.ready(text_loss=loss, rows=rows, attention=attention)
+    turns.ready(text_loss=loss, rows=rows, attention=FLASH if flash else MASKED)
     train_sft(setup, turns, rows, model, load_tokenizer(setup))
 
 
@@ -252,7 +256,7 @@ def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
     (folder / "rows.json").write_text(json.dumps(records))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
     rows_a_step, positions = equal_rows(lengths, max(setup.budget * rows // setup.rows, LONGEST_SAMPLE))
-    flash = setup.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    flash = has_flash(setup)
 
     class TakeTurns(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -260,7 +264,7 @@ def run_llama_factory(setup: Setup, turns: Turns, rows: int) -> None:
             set_trained(trained(model))
             turns.ready(
                 text_loss=text_loss(model, setup.checked(), setup),
-                attention="flash_attention_2" if flash else "sdpa with a mask over the whole row (no flash-attn)",
+                attention=FLASH if flash else MASKED,
                 rows_a_step=rows_a_step,
                 positions_of_a_row=positions,
                 samples_with_other_tokens=different,
@@ -326,6 +330,11 @@ def equal_rows(lengths: list[list[int]], most: int) -> tuple[int, int]:
     if not found:
         raise NotHere("at no length of its rows do all steps have equally many")
     return min(found)
+
+
+def has_flash(setup: Setup) -> bool:
+    """Whether a peer that packs can keep samples apart without a mask."""
+    return setup.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
 
 
 def require(*packages: str) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
         _fitting(lambda rows, recompute: _arm(name, setup, turns, rows, recompute), setup.rows)
     except Stopped:
         pass
-    except Exception as error:
+    except Exception as error:  # whatever a peer does, the others are measured
         import traceback
 
         traceback.print_exc()
