@@ -2,7 +2,7 @@
 
 import sys
 
-from llara_dist.cli import main
+from llara_dist.cli import run_process
 
 if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+    run_process(["evaluate", *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 import sys
 
-from llara_dist.cli import main
+from llara_dist.cli import run_process
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    run_process(["train", *sys.argv[1:]])

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llara_dist import __version__
 from llara_dist.commands import COMMANDS, GROUPS, POSITIONAL
 from llara_dist.console import table
-from llara_dist.distributed import read_world
+from llara_dist.distributed import end_process, read_world
 from llara_dist.errors import (
     EXIT_BAD_INPUT,
     EXIT_RANK_LOST,
@@ -232,5 +232,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def run_process(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process of its own."""
+    code: str | int | None = None
+    try:
+        main(arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    end_process(code or 0)
+
+
 if __name__ == "__main__":
-    main()
+    run_process()

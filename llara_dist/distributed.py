@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import re
+import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llara_dist.errors import InputError
 
@@ -230,6 +234,27 @@ def shut_down() -> None:
         import deepspeed.comm
 
         deepspeed.comm.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process in order, but for the interpreter's finalisation where torch has been loaded.
+
+    A worker thread of a process group may still be letting go of a collective's tensors, for which it needs the
+    interpreter. One that is being finalised aborts the process instead, after all its work is done: "terminate called
+    without an active exception", SIGABRT (pytorch/pytorch issues 38228 and 190489). To leave the group does not end
+    the thread while anything refers to the group, as DeepSpeed's engines do.
+
+    Args:
+        code: exit code.
+    """
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:

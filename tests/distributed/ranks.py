@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llara_dist.distributed import end_process
+
 
 def _enter(function: Callable[..., Any], rank: int, size: int, folder: Path, arguments: tuple[Any, ...]) -> None:
     os.environ.update(
@@ -29,6 +31,7 @@ def _enter(function: Callable[..., Any], rank: int, size: int, folder: Path, arg
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
         raise
+    end_process(0)  # as a rank of a run ends
 
 
 def run_ranks(function: Callable[..., Any], size: int, folder: Path, *arguments: Any, timeout_s: float = 600.0) -> None:
@@ -60,5 +63,5 @@ def run_ranks(function: Callable[..., Any], size: int, folder: Path, *arguments:
             process.join()
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
     assert not errors, errors
-    assert not alive, f"{len(alive)} of {size} ranks still ran after {timeout_s} s"
-    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+    codes = [None if process in alive else process.exitcode for process in processes]
+    assert codes == [0] * size, f"exit codes {codes}; None: still ran after {timeout_s} s or 1 s after another failed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,33 @@ def look_at_deepspeed() -> None:
 def test_deepspeed_compiles_nothing_on_the_cpu(tmp_path: Path) -> None:
     """Else the first run takes two minutes of CPU, and a killed one leaves a lock that blocks all later ones."""
     run_ranks(look_at_deepspeed, 1, tmp_path / "ranks")
+
+
+BUSY_WORKER = """
+import atexit, sys, time
+import torch, torch.distributed
+from llara_dist import cli, distributed
+
+atexit.register(print, "exit callbacks ran")
+distributed.initialise(distributed.World(), torch.device("cpu"))
+held = torch.distributed.group.WORLD  # as DeepSpeed holds it
+work = torch.distributed.all_reduce(torch.ones(3), async_op=True)
+# The group's worker comes back to the interpreter again and again, in the midst of the process's end.
+work.get_future().then(lambda future: [time.sleep(0.0005) for _ in range(6000)])
+distributed.shut_down()
+cli.run_process(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [(["--version"], 0, ""), (["train", "--config", "missing.yaml"], 2, "missing.yaml")],
+    ids=["well", "bad input"],
+)
+def test_a_worker_thread_of_the_group_does_not_abort_the_end(words: list[str], code: int, said: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", BUSY_WORKER, *words], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (ended.returncode, "terminate called" in ended.stderr) == (code, False), ended.stderr
+    assert "exit callbacks ran" in ended.stdout
+    assert said in ended.stderr
