@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -109,10 +108,10 @@ def run_command(name: str, arguments: list[str]) -> None:
     """
     from argparse import ArgumentError
 
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     from llara_dist.cluster.batch_script import array_variants
-    from llara_dist.config import RunConfig
+    from llara_dist.run_options import add_run_options, message_of, run_of
 
     command = COMMANDS[name]
     module, _, attribute = command.function.partition(":")
@@ -129,10 +128,7 @@ def run_command(name: str, arguments: list[str]) -> None:
     own = next((place for place, word in enumerate(arguments) if word in command.hands_on), len(arguments))
     arguments, handed_on = arguments[:own], arguments[own:]
     if takes_run:
-        # The run's own settings are the options; --config is a file of them.
-        parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
-        skip: set[str | int] = {"out"} if command.out else set()
-        parser.add_class_arguments(RunConfig, as_group=True, skip=skip)
+        add_run_options(parser, skip={"out"} if command.out else ())
         if command.out:
             parser.add_argument("--out", type=Path, required=True, help=command.out)
     if name == "train":
@@ -150,11 +146,10 @@ def run_command(name: str, arguments: list[str]) -> None:
         try:
             given = dict(vars(parser.instantiate(parser.parse_args(words))))
         except ArgumentError as error:
-            raise InputError(f"llara-dist {name}: {' '.join(str(error.message).split())}; see --help") from None
+            raise InputError(f"llara-dist {name}: {message_of(error)}; see --help") from None
         if takes_run:
-            given.pop("config")
-            settings = {field.name: given.pop(field.name) for field in dataclasses.fields(RunConfig)}
-            given["config"] = RunConfig(**settings)
+            config = run_of(given)
+            given = {key: value for key, value in given.items() if not hasattr(config, key)} | {"config": config}
         return given
 
     words = normalise(name, arguments, () if name == "train" else switches_of(function))

@@ -19,12 +19,13 @@ from llara_dist.cluster.batch_script import INDEX, JobDescription
 from llara_dist.cluster.pipeline_file import MAKES, NEEDS, Pipeline, read_pipeline
 from llara_dist.cluster.run_settings import check_run, settings_files
 from llara_dist.cluster.submission import Submission, checkout
-from llara_dist.config import RunConfig, to_dict
+from llara_dist.config import to_dict
 from llara_dist.console import say
 from llara_dist.data.parts import PART, Part
 from llara_dist.ds_config import load_ds_config
 from llara_dist.errors import InputError
 from llara_dist.integrity import sha256_json
+from llara_dist.run_options import message_of, parse_run
 from llara_dist.training.checkpoints.folders import MARKER, STATE, checkpoint_folders
 
 FUNCTIONS = {
@@ -185,36 +186,17 @@ def parse_options(function: str, words: list[str]) -> None:
     Raises:
         InputError: an unknown option or a bad value.
     """
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
 
     module, _, attribute = function.partition(":")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(getattr(importlib.import_module(module), attribute), as_group=False)
-    _parse(parser, words)
-
-
-def parse_run(words: list[str]) -> RunConfig:
-    """A run's settings from --config files and options.
-
-    Raises:
-        InputError: an unknown option or a bad value.
-    """
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_class_arguments(RunConfig, as_group=True)
-    values = vars(parser.instantiate(_parse(parser, words)))
-    return RunConfig(**{item.name: values[item.name] for item in dataclasses.fields(RunConfig)})
-
-
-def _parse(parser: Any, words: list[str]) -> Any:
-    from argparse import ArgumentError
-
     try:
-        return parser.parse_args(words)
+        parser.parse_args(words)
     except ArgumentError as error:
-        raise InputError(" ".join(str(error.message).split())) from None
+        raise InputError(message_of(error)) from None
 
 
 def _submission(name: str, pipeline: Pipeline, out: Path, folders: Mapping[str, Path], check: bool) -> Submission:

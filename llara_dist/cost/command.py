@@ -21,6 +21,7 @@ from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings
 from llara_dist.ds_config import read_ds_config
 from llara_dist.errors import InputError
+from llara_dist.run_options import read_run
 
 ASSUMED = (
     "Counted: weights, optimizer state, saved activations, FLOPs, collectives (held by tests on the CPU). Assumed, and "
@@ -71,7 +72,7 @@ def plan(
     Raises:
         InputError: an unknown model or GPU type, or numbers that make no run.
     """
-    config = _read_run(run)
+    config = _run(run)
     architecture = _architecture(model, config.model)
     hardware = find_gpu(gpu)
     if network_gbit_per_s > 0:
@@ -204,35 +205,13 @@ def _recomputing(tuned: TunedModel, row: Work, zero: ZeroSettings, cluster: Clus
     return held(layers if fewest is None else fewest)
 
 
-def _read_run(path: Path | None) -> RunConfig:
+def _run(path: Path | None) -> RunConfig:
     if path is None:
         return RunConfig(deepspeed=Path("ds_configs/zero1.json"))
-    import yaml
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    path = path / "config.json" if path.is_dir() else path
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"--run {path}: {error.strerror}; see launch/configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise InputError(f"--run {path}: not YAML or JSON") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--run {path}: holds no settings of a run")
-    default = RunConfig()
-    for name, value in values.items():
-        if dataclasses.is_dataclass(getattr(default, str(name), None)) and not isinstance(value, dict):
-            raise InputError(f"--run {path}: {name} must hold settings, found {value!r}")
-    # The types of `train`'s own options: 8e-4, a string to YAML 1.1, is a number there.
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig, as_group=True)
-    try:
-        found = parser.instantiate(parser.parse_object(values))
-        return RunConfig(**{item.name: found[item.name] for item in dataclasses.fields(RunConfig)})
-    except ArgumentError as error:
-        raise InputError(f"--run {path}: {' '.join(str(error.message).split())}") from None
+        return read_run(path)
     except InputError as error:
-        raise InputError(f"--run {path}: {error}") from None
+        raise InputError(f"--run {error}") from None
 
 
 def _in_bfloat16(model: ModelConfig) -> bool:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "llara_dist"
 FOUNDATION = {"errors", "hashing", "integrity", "console", "commands"}
 ORDER = [
     "config",
+    "run_options",
     "ds_config",
     "distributed",
     "supervision",
