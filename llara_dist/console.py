@@ -8,6 +8,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+GIB = 2**30
+"""bytes; the unit in which sizes are set and shown"""
+
 
 def say(text: str) -> None:
     """Print one line for a person on stdout, at once."""

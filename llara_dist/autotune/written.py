@@ -8,7 +8,7 @@ from typing import Any
 from llara_dist.autotune.found import Found, Trial
 from llara_dist.autotune.settings import RECOMPUTE
 from llara_dist.config import KernelsConfig
-from llara_dist.cost.hardware import GIB
+from llara_dist.console import GIB
 
 
 def settings_found(found: Found, asked: KernelsConfig, default: KernelsConfig) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llara_dist.config import ModelConfig, RunConfig
-from llara_dist.console import say, table
+from llara_dist.console import GIB, say, table
 from llara_dist.cost.architecture import PRESETS, Architecture
-from llara_dist.cost.hardware import GIB, find_gpu
+from llara_dist.cost.hardware import find_gpu
 from llara_dist.cost.memory import RunMemory, run_memory
 from llara_dist.cost.predict import Cluster, StepTime, predict_step
 from llara_dist.cost.recommend import MARGIN, as_json, fewest_recomputed, recommend

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llara_dist.console import GIB
 from llara_dist.errors import InputError
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llara_dist.config import RunConfig
+from llara_dist.console import GIB
 from llara_dist.cost.activations import activation_bytes
 from llara_dist.cost.architecture import Architecture
-from llara_dist.cost.hardware import GIB
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes, Work
 from llara_dist.cost.zero import ZeroSettings

@@ -12,7 +12,6 @@ from typing import Any
 
 from llara_dist.doctor.bounded import ProbeError, ask, call
 
-GIB = 2**30
 BF16 = (8, 0)
 """compute capability from which bfloat16 is in hardware (Ampere)"""
 _FIELDS = (

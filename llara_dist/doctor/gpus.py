@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llara_dist.doctor.gpu_facts import BF16, GIB, GpuFacts
+from llara_dist.console import GIB
+from llara_dist.doctor.gpu_facts import BF16, GpuFacts
 from llara_dist.doctor.verdicts import error, passed, skipped, warning
 from llara_dist.errors import Finding
 

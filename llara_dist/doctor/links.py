@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llara_dist.console import GIB
 from llara_dist.doctor.bounded import ProbeError, ask
-from llara_dist.doctor.gpu_facts import GIB, GpuFacts
+from llara_dist.doctor.gpu_facts import GpuFacts
 from llara_dist.doctor.verdicts import error, passed, skipped, warning
 from llara_dist.errors import Finding
 from llara_dist.training.preflight.resources import check_open_files

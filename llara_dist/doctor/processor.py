@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llara_dist.config import DataConfig
+from llara_dist.console import GIB
 from llara_dist.doctor.verdicts import error, passed, warning
 from llara_dist.errors import Finding
-from llara_dist.training.preflight.resources import GIB, cpu_has_bf16, free_host_bytes
+from llara_dist.training.preflight.resources import cpu_has_bf16, free_host_bytes
 
 RANK_BYTES = 4 * GIB
 """host memory of a rank beside its GPU: Python, torch with CUDA, data workers, a checkpoint being written"""

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llara_dist.config import DataConfig
+from llara_dist.console import GIB
 from llara_dist.doctor.bounded import ProbeError, call
 from llara_dist.doctor.verdicts import error, passed, warning
 from llara_dist.errors import Finding
 from llara_dist.stream.locations import cache_folder
 from llara_dist.training.preflight.resources import nearest_existing
 
-GIB = 2**30
 PREFIX = ".llara_dist-doctor-"
 """of what is written to try a folder, removed afterwards"""
 WRITTEN = 64 << 20

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llara_dist.console import GIB
 from llara_dist.errors import InputError
 from llara_dist.integrity import fsync_folder
 from llara_dist.stream.remote import RemoteFolder, Retry, TransferError
@@ -33,7 +34,6 @@ from llara_dist.stream.remote import RemoteFolder, Retry, TransferError
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPACE = ".space"
 _POLL_SECONDS = 0.05
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class NodeCache:
                 if used + file.size > self.limit_bytes:
                     raise CacheFull(
                         f"{file.shown}: {file.size} bytes do not fit in the cache {self.folder}: limit "
-                        f"{self.limit_bytes / _GIB:.3g} GiB ({self.limit_bytes} bytes), {used} bytes in use; raise "
+                        f"{self.limit_bytes / GIB:.3g} GiB ({self.limit_bytes} bytes), {used} bytes in use; raise "
                         "data.cache_limit_gib",
                         everywhere=False,
                     )

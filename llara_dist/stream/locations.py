@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llara_dist.config import DataConfig
+from llara_dist.console import GIB
 from llara_dist.data import shards as form
 from llara_dist.errors import InputError
 from llara_dist.stream.cache import CachedFile, NodeCache
@@ -17,8 +18,6 @@ from llara_dist.stream.folder import File, Folder, LocalFolder
 from llara_dist.stream.mixture import MIXTURE, Mixture, describe_mixture, parse_weight, write_mixture
 from llara_dist.stream.reader import Samples, ShardSet
 from llara_dist.stream.remote import RemoteFolder, is_url
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

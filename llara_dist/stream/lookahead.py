@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from llara_dist.config import DataConfig
+from llara_dist.console import GIB
 from llara_dist.errors import InputError
-from llara_dist.stream.locations import GIB, CachedFolder, node_cache, parts_of
+from llara_dist.stream.locations import CachedFolder, node_cache, parts_of
 from llara_dist.stream.plan import Plan
 from llara_dist.stream.prefetch import Need, Prefetcher
 from llara_dist.stream.reader import Samples

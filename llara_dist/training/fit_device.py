@@ -10,8 +10,7 @@ import torch
 
 from llara_dist import distributed
 from llara_dist.config import RunConfig, to_dict
-from llara_dist.console import say, warn
-from llara_dist.cost.hardware import GIB
+from llara_dist.console import GIB, say, warn
 from llara_dist.cost.memory import estimate_run_memory
 from llara_dist.cost.recommend import MARGIN, fewest_recomputed
 from llara_dist.cost.work import SampleSizes

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 
 from llara_dist.cli import main
 from llara_dist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig
+from llara_dist.console import GIB
 from llara_dist.cost.architecture import PRESETS, Architecture
-from llara_dist.cost.memory import GIB, estimate_run_memory
+from llara_dist.cost.memory import estimate_run_memory
 from llara_dist.cost.recommend import MARGIN
 from llara_dist.cost.work import SampleSizes
 from llara_dist.distributed import Job, World

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llara_dist.console import GIB
 from llara_dist.doctor import gpu_facts, gpus, links
-from llara_dist.doctor.gpu_facts import GIB, Gpu, GpuFacts, TorchGpus
+from llara_dist.doctor.gpu_facts import Gpu, GpuFacts, TorchGpus
 from llara_dist.doctor.links import LinkFacts, Port
 
 SMI = """\

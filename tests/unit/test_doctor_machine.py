@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from llara_dist.cluster.site import VARIABLE
+from llara_dist.console import GIB
 from llara_dist.doctor import libraries, network, processor, scheduler, storage
 from llara_dist.doctor.bounded import ProbeError, call
 from llara_dist.doctor.gpu_facts import GpuFacts, TorchGpus
-from llara_dist.doctor.processor import GIB, ProcessorFacts
+from llara_dist.doctor.processor import ProcessorFacts
 from llara_dist.doctor.scheduler import COMMANDS, SlurmFacts
 from llara_dist.doctor.storage import FolderFacts, WriteFacts
 from llara_dist.errors import Finding

@@ -17,6 +17,7 @@ from llara_dist.cli import main
 from llara_dist.cluster.batch_script import Resources
 from llara_dist.cluster.run_settings import check_run
 from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, RunConfig, ValidationConfig
+from llara_dist.console import GIB
 from llara_dist.distributed import World
 from llara_dist.errors import Finding, FindingsError, InputError
 from llara_dist.model.llama import read_llama_config
@@ -24,7 +25,6 @@ from llara_dist.training.contract import differences
 from llara_dist.training.preflight.base_model import check_weight_files
 from llara_dist.training.preflight.checklist import Checklist
 from llara_dist.training.preflight.examine import examine, open_inputs
-from llara_dist.training.preflight.resources import GIB
 from llara_dist.training.preflight.versions import TESTED, check_versions, installed_versions
 from tests.runs import ROOT, run_config
 

@@ -10,8 +10,9 @@ import torch
 
 from llara_dist import distributed
 from llara_dist.config import KernelsConfig, LoraConfig, ModelConfig, RunConfig
+from llara_dist.console import GIB
 from llara_dist.cost.architecture import PRESETS
-from llara_dist.cost.memory import GIB, estimate_run_memory, run_memory
+from llara_dist.cost.memory import estimate_run_memory, run_memory
 from llara_dist.cost.recommend import MARGIN, fewest_recomputed
 from llara_dist.cost.tuned import TunedModel
 from llara_dist.cost.work import SampleSizes

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llara_dist.console import GIB
 from llara_dist.training.preflight.resources import (
-    GIB,
     check_bf16,
     check_disk,
     check_memory,

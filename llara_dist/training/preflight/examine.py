@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llara_dist import distributed
 from llara_dist.config import RunConfig
-from llara_dist.console import say, table, warn
+from llara_dist.console import GIB, say, table, warn
 from llara_dist.cost.architecture import Architecture
 from llara_dist.cost.memory import estimate_run_memory
 from llara_dist.cost.tuned import TunedModel
@@ -294,7 +294,7 @@ def _examine_disk(checks: Checklist, config: RunConfig, tuned: TunedModel) -> No
     there = sum(file.stat().st_size for file in (config.out / "checkpoints").glob("step-*/*"))
     need = max(one, one * (config.checkpoint.keep_last + 2) - there)
     if checks.extend(resources.check_disk(config.out, need)):
-        checks.note("disk", f"{need / resources.GIB:.2f} GiB of checkpoints to come at most")
+        checks.note("disk", f"{need / GIB:.2f} GiB of checkpoints to come at most")
 
 
 def _examine_memory(
@@ -324,9 +324,8 @@ def _examine_memory(
         memory.device_bytes, memory.host_bytes, device_free, host_free, machine.local_ranks, where
     )
     if checks.extend(findings):
-        gib = resources.GIB
-        on_device = "" if device_free is None else f" of {device_free / gib:.1f} free"
+        on_device = "" if device_free is None else f" of {device_free / GIB:.1f} free"
         needs = (
-            f"{memory.device_bytes / gib:.1f} GiB{on_device} on its device, {memory.host_bytes / gib:.1f} GiB beside"
+            f"{memory.device_bytes / GIB:.1f} GiB{on_device} on its device, {memory.host_bytes / GIB:.1f} GiB beside"
         )
-        checks.note("memory", f"a rank needs about {needs}; the node has {host_free / gib:.1f} GiB free")
+        checks.note("memory", f"a rank needs about {needs}; the node has {host_free / GIB:.1f} GiB free")

@@ -9,12 +9,12 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llara_dist.console import GIB
 from llara_dist.errors import Finding
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
 CERTAIN = 1.2
 """an estimate so many times what is free is an error; from 0.9 on it is a warning, since estimates err"""
 TIGHT = 0.9
