@@ -35,6 +35,7 @@ CASES = {
     "one item everywhere": Case(41, 1, 9, 41, 70, (0,) * 37),
     "few items": Case(53, 17, 33, 130, 261, spread(40, 17)),
     "two steps of each product": Case(90, 41, 41, 70, 135, spread(60, 41)),
+    "spans of long sums": Case(30, 3, 8, 530, 300, spread(20, 3)),
     "two tiles of items": Case(211, 135, 16, 35, 130, spread(180, 135)),
 }
 

@@ -19,6 +19,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SPAN = tl.constexpr(8)
+"""steps of a float32 product that are summed by themselves before they are added to the rest"""
+
+
+@triton.jit
+def _add_product(
+    total, left, right, right_step, in_use, column_in_use, first, last,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total + left·right over the inner elements `first` to `last`, float32 [rows, columns].
+
+    `left` [rows, 1] and `right` [1, columns] point to a row's and a column's element 0. A row's elements lie together,
+    a column's `right_step` apart.
+    """
+    for start in range(first, last, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        x = tl.load(left + inner[None, :], mask=in_use[:, None] & (inner < last)[None, :], other=0.0)
+        w = tl.load(
+            right + inner.to(tl.int64)[:, None] * right_step,
+            mask=column_in_use[None, :] & (inner < last)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _tile_product(
+    left, right, right_step, in_use, column_in_use, length,
+    COMPUTE: tl.constexpr, BLOCK_ITEMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """left·right over all `length` inner elements, float32 [BLOCK_ITEMS, BLOCK_COLUMNS]; arguments of `_add_product`.
+
+    In float32 sums of `SPAN` steps are added up: thousands of terms one after another would err several times as far as
+    cuBLAS, which splits long sums. In bfloat16 the operands' own rounding is far larger.
+    """
+    total = tl.zeros((BLOCK_ITEMS, BLOCK_COLUMNS), dtype=tl.float32)
+    if tl.float32 == COMPUTE:
+        for first in range(0, length, SPAN * BLOCK):
+            last = tl.minimum(first + SPAN * BLOCK, length)
+            part = tl.zeros((BLOCK_ITEMS, BLOCK_COLUMNS), dtype=tl.float32)
+            total += _add_product(
+                part, left, right, right_step, in_use, column_in_use, first, last, COMPUTE, BLOCK
+            )  # fmt: skip
+    else:
+        total = _add_product(
+            total, left, right, right_step, in_use, column_in_use, 0, length, COMPUTE, BLOCK
+        )  # fmt: skip
+    return total
+
 
 @triton.jit
 def _pre_activation(
@@ -26,21 +76,12 @@ def _pre_activation(
     COMPUTE: tl.constexpr, BLOCK_ITEMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """x·W1ᵀ + b1 of a tile, float32 [BLOCK_ITEMS, BLOCK_COLUMNS]; `items` are rows of the table, masked by `in_use`."""
-    total = tl.zeros((BLOCK_ITEMS, BLOCK_COLUMNS), dtype=tl.float32)
     column_in_use = columns < num_hidden
-    for start in range(0, item_dim, BLOCK_DIM):
-        dims = start + tl.arange(0, BLOCK_DIM)
-        x = tl.load(
-            item_table + items[:, None] * item_dim + dims[None, :],
-            mask=in_use[:, None] & (dims < item_dim)[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            w1 + columns.to(tl.int64)[None, :] * item_dim + dims[:, None],
-            mask=column_in_use[None, :] & (dims < item_dim)[:, None],
-            other=0.0,
-        )
-        total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
+    total = _add_product(
+        tl.zeros((BLOCK_ITEMS, BLOCK_COLUMNS), dtype=tl.float32),
+        item_table + items[:, None] * item_dim, w1 + columns.to(tl.int64)[None, :] * item_dim, 1,
+        in_use, column_in_use, 0, item_dim, COMPUTE, BLOCK_DIM,
+    )  # fmt: skip
     return total + tl.load(b1 + columns, mask=column_in_use, other=0.0).to(tl.float32)[None, :]
 
 
@@ -84,20 +125,11 @@ def output_kernel(
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_use = rows < num_items
     column_in_use = columns < width
-    total = tl.zeros((BLOCK_ITEMS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(0, num_hidden, BLOCK_HIDDEN):
-        inner = start + tl.arange(0, BLOCK_HIDDEN)
-        left = tl.load(
-            hidden + rows.to(tl.int64)[:, None] * num_hidden + inner[None, :],
-            mask=in_use[:, None] & (inner < num_hidden)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            w2 + columns.to(tl.int64)[None, :] * num_hidden + inner[:, None],
-            mask=column_in_use[None, :] & (inner < num_hidden)[:, None],
-            other=0.0,
-        )
-        total = tl.dot(left.to(COMPUTE), right.to(COMPUTE), total, input_precision="ieee")
+    left = hidden + rows.to(tl.int64)[:, None] * num_hidden
+    right = w2 + columns.to(tl.int64)[None, :] * num_hidden
+    total = _tile_product(
+        left, right, 1, in_use, column_in_use, num_hidden, COMPUTE, BLOCK_ITEMS, BLOCK_COLUMNS, BLOCK_HIDDEN
+    )  # fmt: skip
     total += tl.load(b2 + columns, mask=column_in_use, other=0.0).to(tl.float32)[None, :]
     behaviour = total.to(row.dtype.element_ty)
     first = tl.load(item_offsets + rows, mask=in_use, other=0)
@@ -153,20 +185,11 @@ def hidden_backward_kernel(
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_use = rows < num_items
     column_in_use = columns < num_hidden
-    total = tl.zeros((BLOCK_ITEMS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
-        outer = start + tl.arange(0, BLOCK_WIDTH)
-        left = tl.load(
-            sums + rows.to(tl.int64)[:, None] * width + outer[None, :],
-            mask=in_use[:, None] & (outer < width)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            w2 + outer.to(tl.int64)[:, None] * num_hidden + columns[None, :],
-            mask=(outer < width)[:, None] & column_in_use[None, :],
-            other=0.0,
-        )
-        total = tl.dot(left.to(COMPUTE), right.to(COMPUTE), total, input_precision="ieee")
+    left = sums + rows.to(tl.int64)[:, None] * width
+    total = _tile_product(
+        left, w2 + columns[None, :], num_hidden, in_use, column_in_use, width,
+        COMPUTE, BLOCK_ITEMS, BLOCK_COLUMNS, BLOCK_WIDTH,
+    )  # fmt: skip
     items = tl.load(unique_items + rows, mask=in_use, other=0)
     x = _pre_activation(
         item_table, items, in_use, w1, b1, columns, num_hidden, item_dim,
@@ -207,7 +230,7 @@ class Launches:
         """
         items = min(max(triton.next_power_of_2(num_items), 16), 128)
         if compute == torch.float32:
-            items, columns, inner, warps, stages = min(items, 64), 64, 32, 4, 2
+            items, columns, inner, warps, stages = min(items, 64), 64, 32, 4 if items < 64 else 8, 2
         elif items <= 32:
             columns, inner, warps, stages = 32, 128, 4, 3
         elif items == 64:
