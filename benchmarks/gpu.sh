@@ -35,7 +35,7 @@ for name in "$@"; do
     fi
     case $name in train_step | scoring | train) only+="inputs " ;; esac
 done
-export PYTHONPATH=$root TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=4
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=4
 export PYTHONUNBUFFERED=1 # what a step that is ended has printed is in the log
 [ -n "$dry" ] && export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=2
 
@@ -95,9 +95,9 @@ step hardware 25 "$python" -c '
 import os, platform, torch
 gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no GPU: this step needs one to say more"
 print(platform.python_version(), torch.__version__, torch.version.cuda, os.cpu_count(), "cores;", gpu)'
-step inputs 55 "$python" benchmarks/arms/inputs.py --out "$work/inputs" --shape "$shape"
-tests test_kernels 120 tests/gpu/test_{projector,lora,attention}.py
-step train_step 215 "$python" benchmarks/train_step.py --inputs "$work/inputs" "${sizes[@]}" "${peers[@]}" \
+step inputs 70 "$python" benchmarks/arms/inputs.py --out "$work/inputs" --shape "$shape"
+tests test_kernels 120 tests/gpu/test_{attention,lora,projector}.py
+step train_step 200 "$python" benchmarks/train_step.py --inputs "$work/inputs" "${sizes[@]}" "${peers[@]}" \
     --out "$out/train_step.json"
 step scoring 40 "$python" benchmarks/scoring.py --inputs "$work/inputs" "${scored[@]}" --out "$out/scoring.json"
 step projector 30 "$python" benchmarks/projector.py "${projector[@]}" --out "$out/projector.json"

@@ -107,10 +107,12 @@ def linear(kind: str, sizes: tuple[int, int, int], bits: int, device: torch.devi
     tokens, inputs, outputs = sizes
 
     torch.manual_seed(0)
-    whole = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    whole = nn.Linear(inputs, outputs, bias=False, dtype=dtype, device=device)
     base: nn.Module = whole
     if bits == 4:
-        base = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4")
+        base = bitsandbytes.nn.Linear4bit(
+            inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", device=device
+        )
         base.load_state_dict(whole.state_dict())
     holder: Any = nn.ModuleDict({"linear": base.to(device).requires_grad_(False)})
     holder.is_loaded_in_4bit = bits == 4

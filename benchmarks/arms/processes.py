@@ -78,9 +78,12 @@ class Arms:
     def _start(self, name: str) -> bool:
         """Start an arm and let it warm up on one step."""
         say(f"{name}: starting")
+        python = self._peers if name in PEERS else sys.executable
+        # What else is on our path belongs to our interpreter.
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")] if python == sys.executable else [])]
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(path),
             "OMP_NUM_THREADS": str(self.setup.threads),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
@@ -89,7 +92,6 @@ class Arms:
         }
         if self.setup.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        python = self._peers if name in PEERS else sys.executable
         log = Path(self.setup.scratch) / f"{len(self.facts)}.log"
         worker = Worker(python, [name, self.setup.write()], environment, log)
         self._running[name], self.steps[name] = worker, []

@@ -121,7 +121,9 @@ class Worker:
         if self.reason:
             self._process.kill()
         else:
-            self._process.communicate()
+            # Not `communicate`: loader processes hold the arm's stdout for five more seconds.
+            assert self._process.stdin is not None
+            self._process.stdin.close()
         self._process.wait()
 
     def _hear(self, kind: str) -> Any:

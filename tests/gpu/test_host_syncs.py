@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2"])
 def test_a_step_synchronises_once_and_a_microbatch_never(inputs: Path, tmp_path: Path, stage: str) -> None:
     command = [sys.executable, "-m", "tests.gpu.host_syncs", str(inputs), str(tmp_path / "run"), stage]
-    environment = {**os.environ, "DS_ACCELERATOR": "cuda", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -44,7 +44,8 @@ def test_kernels_compute_their_mask_times_x(shape: tuple[int, int, int], dtype: 
     found = [masked_down(x, a, SEED, KEPT), *masked_down_backward(dx, dh, x, a, SEED, KEPT)]
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
     for ours, theirs, true in zip(found, plain, exact, strict=True):
-        assert relative_error(ours, true) <= 2 * relative_error(theirs, true) + 1e-6
+        # cuBLAS may split a float32 sum of 11,008 terms into many; the kernels add them one after another.
+        assert relative_error(ours, true) <= 2 * relative_error(theirs, true) + 3e-6
 
 
 def test_sums_have_a_fixed_order() -> None:
