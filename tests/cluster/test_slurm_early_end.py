@@ -13,7 +13,7 @@ from llara_dist.cluster.requeues import read_requeues
 from tests.cluster.slurm import Slurm
 from tests.runs import ROOT
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long]
 
 # In the place of Python: a run of one rank that saves when it is told to and ends at once when it is started again.
 RUN = """\

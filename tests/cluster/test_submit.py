@@ -17,7 +17,7 @@ from llara_dist.training.checkpoints.checkpoint import newest_checkpoint
 from tests.cluster.slurm import Slurm
 from tests.runs import ROOT
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long]
 
 AWKWARD = "a b'\"$(touch x)%j"
 ON_TWO = ("--nodes", "2", "--gpus_per_node", "1", "--cpus_per_task", "1", "--time", "20")

@@ -32,7 +32,6 @@ def config_of(inputs: Path, folder: Path, last_layer: Literal["answers", "all"])
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 def test_same_curve_under_zero3(inputs: Path, tmp_path: Path) -> None:
     run_ranks(train_all, 2, tmp_path / "ranks", [config_of(inputs, tmp_path, rows) for rows in ("answers", "all")])
     few, whole = (read_metrics(tmp_path / rows / "metrics.jsonl") for rows in ("answers", "all"))

@@ -15,7 +15,7 @@ import pytest
 def test_the_whole_way_from_another_folder(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "llara-dist"), "quickstart", "--out", "q", "--steps", "4", "--json"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=290, check=False
+        command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -75,7 +75,6 @@ CASES = [
 ]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("precision", "stage", "size"), CASES)
 def test_same_curve_parameters_and_moments(
     runs: Callable[[str, int], Path], precision: str, stage: str, size: int
