@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from llara_dist.supervision.process_identity import process_state
 from llara_dist.training.checkpoints.checkpoint import open_checkpoint
 from llara_dist.training.metrics_log import read_metrics
 from tests.runs import ROOT
@@ -79,6 +80,17 @@ def wait_for_step(out: Path, step: int, processes: list[subprocess.Popen[str]]) 
         time.sleep(0.01)
 
 
+def suspend(processes: list[subprocess.Popen[str]]) -> None:
+    """Stop every process where it is, until SIGCONT."""
+    for process in processes:
+        os.killpg(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while any(process_state(process.pid)[0] != "T" for process in processes):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), "it has ended already"
+        time.sleep(0.001)
+
+
 def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Of each process: exit code, stdout, stderr."""
     ended = []
@@ -98,8 +110,11 @@ def test_a_signal_on_any_rank_saves_within_a_step_and_asks_for_requeueing(
     assert [code for code, _, _ in end(start(whole, *validations, ranks=ranks))] == [0] * ranks
     processes = start(cut, *validations, ranks=ranks)
     wait_for_step(cut, 5, processes)
+    suspend(processes)  # a step takes less time than this test may have to wait for a core
     seen = len(read_metrics(cut / "metrics.jsonl"))
     os.killpg(processes[-1].pid, number)  # its reader processes get it as well
+    for process in processes:
+        os.killpg(process.pid, signal.SIGCONT)
     processes[-1].send_signal(number)  # and launchers forward signals
     for code, _, err in end(processes):
         assert code == 75, err
