@@ -78,7 +78,7 @@ def test_names_are_contents(server: FaultyServer, tmp_path: Path) -> None:
     ],
 )
 def test_transfers_that_fail_are_tried_again(server: FaultyServer, tmp_path: Path, faults: list, asked: int) -> None:
-    file = server.put("a", 100_000, RemoteFolder.open(server.url, Timeouts(5, 0.5)))
+    file = server.put("a", 100_000, RemoteFolder.open(server.url, Timeouts(30, 2 if faults[0][0] == "stall" else 30)))
     server.faults["a"] = faults
     cache = _cache(tmp_path)
     assert cache.fetch(file).read_bytes() == server.files["a"]
