@@ -101,7 +101,12 @@ def test_a_run_is_watched_while_it_lives_and_after_a_rank_was_killed(inputs: Pat
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     assert [code for _, _, code in ended] == [70, -signal.SIGKILL]
-    logs = [log_path(out, rank).read_text() for rank in range(2)]
+    deadline = time.monotonic() + 60
+    logs = ["", ""]
+    while " ended" not in logs[0] or "last words" not in logs[1]:  # a relay may write after its rank has ended
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.05)
+        logs = [log_path(out, rank).read_text() for rank in range(2)]
     for rank, (said, errors, _) in enumerate(ended):
         assert f" rank {rank} of 2 on " in logs[rank].splitlines()[0]
         assert f"python of rank {rank} at step 2\n" in logs[rank]

@@ -23,6 +23,7 @@ from pathlib import Path
 from llara_dist.distributed import Job, World
 from llara_dist.errors import InputError
 from llara_dist.supervision import rank_logs
+rank_logs.DRAIN_S = {drain_s}
 out = Path(sys.argv[1])
 with rank_logs.RankLog(World({rank}, {rank}, 4)) as log:
     pid = log._process.pid if log._process else 0
@@ -32,18 +33,22 @@ with rank_logs.RankLog(World({rank}, {rank}, 4)) as log:
 print(f"afterwards {{pid}}")
 """
 BEGIN = 'log.begin(out, Job("77", 1))'
+DRAIN_S = 60.0
+"""longer than a rank of a run waits for its log: what a test reads once the rank has ended is to be there"""
 
 
-def start(out: Path, body: str, rank: int = 1, begin: str = BEGIN, **streams: int) -> subprocess.Popen[str]:
-    code = RANK.format(rank=rank, begin=begin, body=body)
+def start(
+    out: Path, body: str, rank: int = 1, begin: str = BEGIN, drain_s: float = DRAIN_S, **streams: int
+) -> subprocess.Popen[str]:
+    code = RANK.format(rank=rank, begin=begin, body=body, drain_s=drain_s)
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, text=True, **given)
 
 
-def run(out: Path, body: str, begin: str = BEGIN, **streams: int) -> tuple[int, str, str]:
+def run(out: Path, body: str, begin: str = BEGIN, drain_s: float = DRAIN_S, **streams: int) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of rank 1 of 4."""
-    process = start(out, body, begin=begin, **streams)
-    said, errors = process.communicate(timeout=60)
+    process = start(out, body, begin=begin, drain_s=drain_s, **streams)
+    said, errors = process.communicate(timeout=2 * DRAIN_S)
     return process.returncode, said, errors
 
 
@@ -143,7 +148,7 @@ def test_a_disk_that_hangs_holds_up_nothing(tmp_path: Path) -> None:
     log_path(tmp_path, 1).parent.mkdir()
     os.mkfifo(log_path(tmp_path, 1))  # to open it for writing waits until somebody reads
     began = time.monotonic()
-    code, said, errors = run(tmp_path, 'print("y" * 100); os.write(2, b"x" * 9_000_000)')
+    code, said, errors = run(tmp_path, 'print("y" * 100); os.write(2, b"x" * 9_000_000)', drain_s=3.0)
     assert code == 0
     assert len(errors) == 9_000_000
     assert time.monotonic() - began < 25, "it waited for the log"
@@ -157,7 +162,8 @@ def test_a_disk_that_hangs_holds_up_nothing(tmp_path: Path) -> None:
 def test_a_log_says_how_much_it_lacks(tmp_path: Path) -> None:
     log_path(tmp_path, 1).parent.mkdir()
     os.mkfifo(log_path(tmp_path, 1))
-    process = start(tmp_path, 'os.write(1, b"x" * 9_000_000); os.write(2, b"!"); sys.stdin.read()', stdin=-1)
+    body = 'os.write(1, b"x" * 9_000_000); os.write(2, b"!"); sys.stdin.read()'
+    process = start(tmp_path, body, drain_s=3.0, stdin=subprocess.PIPE)
     assert process.stderr is not None
     assert process.stdout is not None
     assert len(process.stdout.read(9_000_016)) == 9_000_016  # the relay has seen it all
@@ -199,7 +205,7 @@ def test_signals_for_the_rank_do_not_end_its_relay(tmp_path: Path) -> None:
     process.stdout.readline()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         os.kill(pid, number)
-    process.communicate("", timeout=60)
+    process.communicate("", timeout=2 * DRAIN_S)
     assert "\non\n" in log_path(tmp_path, 1).read_text()
 
 
@@ -207,7 +213,7 @@ def test_signals_for_the_rank_do_not_end_its_relay(tmp_path: Path) -> None:
 def test_rank_0_keeps_a_terminal(rank: int, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process = start(tmp_path, "print(os.isatty(1), os.isatty(2))", rank, stdout=subprocess.PIPE, stderr=theirs)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=2 * DRAIN_S)
     os.close(ours)
     os.close(theirs)
     assert f"False {rank == 0}" in said
@@ -215,8 +221,9 @@ def test_rank_0_keeps_a_terminal(rank: int, tmp_path: Path) -> None:
 
 
 def test_with_stdout_closed_stderr_still_reaches_the_console(tmp_path: Path) -> None:
-    code = RANK.format(rank=1, begin=BEGIN, body='os.write(2, b"native\\n")').replace("print(", "(lambda *_: None)(")
+    code = RANK.format(rank=1, begin=BEGIN, body='os.write(2, b"native\\n")', drain_s=DRAIN_S)
+    code = code.replace("print(", "(lambda *_: None)(")
     closed = ["bash", "-c", 'exec "$@" >&-', "closed", sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(closed, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(closed, cwd=ROOT, capture_output=True, text=True, timeout=2 * DRAIN_S)
     assert (done.returncode, done.stderr) == (0, "native\n")
     assert "native" in read_log(tmp_path, "native")
