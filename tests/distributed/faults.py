@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from llara_dist.distributed import World
+from llara_dist.distributed import World, end_process
 from llara_dist.errors import EXIT_RANK_LOST, RankLostError
 from llara_dist.supervision import process_identity
 from llara_dist.supervision.progress import Phase
@@ -130,8 +131,13 @@ def run_with_fault(fault: str, folder: Path, size: int = 3, timeout_s: float = 9
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
     except RankLostError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_RANK_LOST)
+        code = EXIT_RANK_LOST
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    end_process(code)  # as a rank of a run ends

@@ -277,8 +277,9 @@ def test_two_runs_in_one_process(inputs: Path, tmp_path: Path) -> None:
     """What a notebook does: the process group of the first run is gone when the second begins."""
     code = (
         "import sys; from pathlib import Path; from llara_dist.tuning import train; "
-        "from tests.runs import run_config; "
-        "[train(run_config(Path(sys.argv[1]), Path(sys.argv[2]) / name, 'zero2', max_steps=2)) for name in 'ab']"
+        "from llara_dist.distributed import end_process; from tests.runs import run_config; "
+        "[train(run_config(Path(sys.argv[1]), Path(sys.argv[2]) / name, 'zero2', max_steps=2)) for name in 'ab']; "
+        "end_process(0)"  # as the command ends
     )
     arguments = [sys.executable, "-c", code, str(inputs), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
