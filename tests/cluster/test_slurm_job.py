@@ -21,9 +21,11 @@ from tests.cluster.hosts import clean_environment
 from tests.cluster.slurm import Slurm
 from tests.runs import ROOT
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long]
 
 STEPS = 150
+EVERY = 50
+"""steps between two checkpoints"""
 FILES = ("adapter_model.safetensors", "projector.safetensors", "optimizer.safetensors")
 PLACE = (
     "--nodes=2",
@@ -51,7 +53,7 @@ def config(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "workers": 0,
         },
         "lora": {"dropout": 0.0},
-        "checkpoint": {"every_steps": 50},
+        "checkpoint": {"every_steps": EVERY},
         "faults": {"heartbeat_s": 0.5},
         "device": "cpu",
     }
@@ -73,29 +75,33 @@ def submit(slurm: Slurm, config: Path, tmp_path: Path) -> Submit:
     return give
 
 
-@pytest.fixture(scope="module")
-def unstopped(slurm: Slurm, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on two nodes, left alone."""
-    folder = tmp_path_factory.mktemp("unstopped")
+def left_alone(slurm: Slurm, config: Path, folder: Path, *options: str) -> Path:
+    """A run on two nodes that nothing happens to."""
     script = f'cd "$0" && sbatch --parsable {" ".join(PLACE)} --output={folder}/out launch/train.sbatch "$@"'
-    arguments = [str(ROOT), str(config), "--out", str(folder / "run")]
+    arguments = [str(ROOT), str(config), "--out", str(folder / "run"), *options]
     job = slurm.check("bash", "-c", script, *arguments, env={"LLARA_DIST_PYTHON": sys.executable}).strip()
     assert slurm.end(job) == "COMPLETED", (folder / "out").read_text()
     assert slurm.job(job)["Restarts"] == "0"
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def unstopped(slurm: Slurm, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on two nodes, left alone."""
+    return left_alone(slurm, config, tmp_path_factory.mktemp("unstopped"))
+
+
 def wait_for_step(slurm: Slurm, out: Path, step: int) -> None:
     slurm.wait(lambda: len(read_metrics(out / "metrics.jsonl")) > step, 120, f"{out} is at step {step}")
 
 
-def final(out: Path) -> Path:
-    return out / "checkpoints" / f"step-{STEPS:08d}"
+def final(out: Path, steps: int = STEPS) -> Path:
+    return out / "checkpoints" / f"step-{steps:08d}"
 
 
-def assert_same_bytes(one: Path, other: Path) -> None:
+def assert_same_bytes(one: Path, other: Path, steps: int = STEPS) -> None:
     for name in FILES:
-        assert (final(one) / name).read_bytes() == (final(other) / name).read_bytes(), name
+        assert (final(one, steps) / name).read_bytes() == (final(other, steps) / name).read_bytes(), name
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (one, other)]
     assert losses[0] == losses[1]
 
@@ -123,10 +129,9 @@ def test_two_nodes_give_what_one_process_gives(unstopped: Path, config: Path, tm
     assert_close(unstopped, tmp_path / "run")
 
 
-def test_a_job_that_is_pre_empted_goes_on_by_itself(
-    slurm: Slurm, submit: Submit, unstopped: Path, tmp_path: Path
-) -> None:
-    job = submit(tmp_path / "run", place=("--partition=low", "--exclusive"))
+def test_a_job_that_is_pre_empted_goes_on_by_itself(slurm: Slurm, submit: Submit, config: Path, tmp_path: Path) -> None:
+    longer = ("--data.max_steps", str(2 * STEPS))  # the scheduler looks every other second
+    job = submit(tmp_path / "run", *longer, place=("--partition=low", "--exclusive"))
     wait_for_step(slurm, tmp_path / "run", 20)
     other = slurm.submit("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert slurm.end(other) == "COMPLETED"
@@ -134,7 +139,8 @@ def test_a_job_that_is_pre_empted_goes_on_by_itself(
     assert slurm.job(job)["Restarts"] == "1"
     assert "requeueing (stopped)" in said(tmp_path, job)
     assert "going on from step " in said(tmp_path, job)
-    assert_same_bytes(unstopped, tmp_path / "run")
+    (tmp_path / "alone").mkdir()
+    assert_same_bytes(left_alone(slurm, config, tmp_path / "alone", *longer), tmp_path / "run", 2 * STEPS)
 
 
 def test_the_signal_before_the_time_limit_saves_and_requeues_with_paths_unchanged(
@@ -184,13 +190,17 @@ def test_a_rank_that_is_killed_costs_its_node_and_the_run_goes_on_elsewhere(
     job = submit(out)
     wait_for_step(slurm, out, 60)
     (victim,) = [record for record in read_statuses(out) if record.rank == 1]
+    before = len(read_metrics(out / "metrics.jsonl"))
     slurm.hosts[victim.process.host].check(f"kill -9 {victim.process.pid}")
+    after = len(read_metrics(out / "metrics.jsonl"))
     assert slurm.end(job) == "COMPLETED", said(tmp_path, job)
     assert slurm.job(job)["Restarts"] == "1"
     assert slurm.job(job)["ExcNodeList"] == victim.process.host
     assert victim.process.host not in {record.process.host for record in read_statuses(out)}
     (requeue,) = read_requeues(out)
-    assert (requeue.why, requeue.blamed, requeue.step) == ("lost", (victim.process.host,), 50)
+    assert (requeue.why, requeue.blamed) == ("lost", (victim.process.host,))
+    # The newest at the kill, which came between these steps; to write one may take ten.
+    assert requeue.step in range((before - 10) // EVERY * EVERY, after + 2, EVERY)
     assert "is silent" in said(tmp_path, job) or "is dead" in said(tmp_path, job)
     assert_same_bytes(unstopped, out)
 
