@@ -103,10 +103,10 @@ def test_too_few_items_left_is_an_error() -> None:
 
 def test_speed_is_that_of_arrays() -> None:
     keys, targets, offsets, items = _problem(20_000, 2000, 300)
-    began = time.perf_counter()
+    began = time.process_time()  # of this process: other work on the machine is no loss of speed
     draw_candidates(keys, targets, offsets, items, 2000, 20, 0, 0)
     # 150,000 rows/s were measured on one core; a loop over rows in Python stays below 10,000.
-    assert 20_000 / (time.perf_counter() - began) > 15_000
+    assert 20_000 / (time.process_time() - began) > 15_000
 
 
 def test_no_rows() -> None:

@@ -101,7 +101,7 @@ def test_the_next_save_waits_for_the_write_before_it(tmp_path: Path) -> None:
         writer.save(engine, {"step": 1})  # type: ignore[arg-type]
         second = threading.Thread(target=lambda: times.append(writer.save(engine, {"step": 2})))  # type: ignore[arg-type]
         second.start()
-        second.join(0.3)
+        second.join(2.0)
         assert second.is_alive()
         disk.let.set()
         second.join(LIMIT_S)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import secrets
 import subprocess
 import sys
 import time
@@ -145,8 +147,8 @@ def test_all_ranks_together_write_at_most_a_hundred_files_a_second(world: int, h
     assert world / (beats * heartbeat_s) <= 100
 
 
-def test_a_killed_rank_leaves_its_place(tmp_path: Path) -> None:
-    token = tmp_path.name
+def test_a_killed_rank_leaves_its_place() -> None:
+    token = secrets.token_hex(8)
     code = f"""
 import os, signal
 from llara_dist.supervision.progress import Phase
@@ -159,16 +161,20 @@ for step in range(1000):
 os.kill(os.getpid(), signal.SIGKILL)
 """
     own = SharedPlace(token, 5)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+        # Not reaped yet: once it is, whoever begins a run on this machine removes its place.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert read_shared_place(token, 6) == Progress(Phase.FORWARD, 999, 2, tuple(range(999, 1007)), 20)
         assert ranks_of_this_host(token) == [5, 6]
+        process.wait()
         remove_abandoned_places()
         assert ranks_of_this_host(token) == [5]
         assert read_shared_place(token, 6) is None
         own.write(Progress(Phase.DATA, 1))
         assert read_shared_place(token, 5) == Progress(Phase.DATA, 1)
     finally:
+        process.wait()
         own.remove()
     assert ranks_of_this_host(token) == []
 

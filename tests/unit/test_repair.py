@@ -255,9 +255,9 @@ def test_killed_in_the_middle_it_is_run_again(root, copy):
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while staged() <= seen and process.poll() is None and time.monotonic() < deadline:
+        while (now := staged()) <= seen and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        seen |= staged()
+        seen |= now
         process.send_signal(signal.SIGKILL)
         process.wait()
         for name, data in worlds.files(copy).items():

@@ -72,9 +72,9 @@ def test_microbatches_are_filled():
 
 def test_awkward_lengths_pack_quickly_and_tightly():
     """A third of the budget and a little: three do not fit, where the sum alone would promise them to."""
-    started = time.perf_counter()
+    started = time.process_time()  # of this process: other work on the machine is no loss of speed
     shares = share_out(np.full(8192, 1400), [2], None, 4096)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert [len(rank) for rank in shares.rows] == [2048, 2048]
     assert sorted(sorted(part) for part in rows_of([60, 50, 40, 30, 20], 1, 100)[0]) == [[0, 2], [1, 3, 4]]
 

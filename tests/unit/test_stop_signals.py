@@ -67,7 +67,7 @@ def run_signalled(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_process_told_to_stop_finishes_its_step() -> None:
     ended = run_signalled(f"""
         import sys, time
-        from llara_dist.supervision.stop_signals import StopSignals, ignore_stop_signals
+        from llara_dist.supervision.stop_signals import StopSignals
         with StopSignals() as stop:
             for step in range(10**6):
                 begun = step
@@ -78,7 +78,7 @@ def test_a_process_told_to_stop_finishes_its_step() -> None:
                 done = step
                 if stop.requested:
                     break
-        ignore_stop_signals()
+            stop.ignore()
         print(stop.requested, begun, done)
         sys.exit({EXIT_REQUEUE})
     """)

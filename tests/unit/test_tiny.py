@@ -135,9 +135,9 @@ def test_padded_rows_are_the_prompts(base: tuple[LlamaForCausalLM, Any], hybrid:
 
 
 def test_projections_differ_by_row_and_keep_their_size() -> None:
-    latents = torch.randn(3, 5, LATENT_DIM)
-    latents = latents[:1].expand(3, -1, -1)
-    out = random_projections(latents, 32, 0.1, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 5, LATENT_DIM, generator=generator).expand(3, -1, -1)
+    out = random_projections(latents, 32, 0.1, generator)
     rms = out.square().mean((1, 2)).sqrt()
     assert out.shape == (3, 5, 32)
     assert not torch.allclose(out[0], out[1])
