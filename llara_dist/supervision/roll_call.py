@@ -53,7 +53,10 @@ def call_roll(out: Path, own: RankRecord, silence_s: float) -> Diagnosis:
             running = record.process.is_running()
             if running is False or (running and not moved):  # killed, suspended, or stuck: here its place is known
                 place = read_shared_place(own.token, rank)
-                record = record if place is None else dataclasses.replace(record, progress=place)
+                if place is None:  # another rank may just have put it into the file and taken the page away
+                    record = read_status(out, rank, own.token) or record
+                else:
+                    record = dataclasses.replace(record, progress=place)
             watched[rank] = Watched(record, moved, running)
             if watched[rank].is_settled:
                 unsettled.discard(rank)
