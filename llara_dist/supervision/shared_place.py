@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import stat
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 from llara_dist.supervision.process_identity import process_state
@@ -20,6 +22,9 @@ _HEADER = struct.Struct("<QQQ")  # writes so far, pid, the process's start
 _SLOT = struct.Struct(f"<BBqqq{KEYS_SHOWN}q")  # phase, keys shown, step, micro-batch, keys, the keys shown
 _PREFIX = "llara_dist"
 _PHASES = tuple(Phase)
+
+READ_WITHIN_S = 600.0
+"""seconds; within them the ranks of a run have found that one is gone, and said where it was"""
 
 
 def shared_place_path(token: str, rank: int) -> Path:
@@ -96,12 +101,21 @@ def ranks_of_this_host(token: str) -> list[int]:
 
 
 def remove_abandoned_places() -> None:
-    """Remove the pages of this user's killed processes, which nobody will read any more."""
+    """Remove the pages of this user's killed processes, once nobody will read them any more.
+
+    The other ranks of a run may be about to: a page without its process is made read-only, which dates it, and removed
+    by whoever starts `READ_WITHIN_S` later.
+    """
     for path in _folder().glob(f"{_PREFIX}.*"):
         with contextlib.suppress(OSError, struct.error):
             _, pid, started = _HEADER.unpack_from(path.read_bytes())
             state, now_started = process_state(pid)
-            if pid and (state == "" or now_started != started):  # no pid: a page that is just being made
+            if not pid or (state != "" and now_started == started):  # no pid: a page that is just being made
+                continue
+            found = path.stat()
+            if found.st_mode & stat.S_IWUSR:
+                path.chmod(stat.S_IRUSR)
+            elif time.time() - found.st_ctime >= READ_WITHIN_S:
                 path.unlink(missing_ok=True)
 
 

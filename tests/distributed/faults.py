@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -64,19 +65,19 @@ def wait_until_told(file: Path, phase: Phase) -> None:
         told = None if record is None else (record.progress.step, record.progress.phase)
 
 
-def run(rank: int, size: int, folder: Path, fault: str) -> None:
+def run(rank: int, size: int, folder: Path, fault: str, token: str) -> None:
     """One rank's life."""
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     torch.distributed.barrier()
     try:
-        run_steps(rank, size, folder, fault)
+        run_steps(rank, size, folder, fault, token)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def run_steps(rank: int, size: int, folder: Path, fault: str) -> None:
+def run_steps(rank: int, size: int, folder: Path, fault: str, token: str) -> None:
     """The loop, as the engine's would be."""
     import torch
     import torch.distributed
@@ -85,7 +86,7 @@ def run_steps(rank: int, size: int, folder: Path, fault: str) -> None:
         process_identity._machine = lambda: "another machine"
     status = RankStatus()
     tensor = torch.ones(4)
-    with RankMonitor(folder / "run", status, World(rank, rank, size), folder.name, 0.2, HANG_TIMEOUT_S):
+    with RankMonitor(folder / "run", status, World(rank, rank, size), token, 0.2, HANG_TIMEOUT_S):
         torch.distributed.barrier()
         for step in range(1000):
             for phase in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.STEP, Phase.VALIDATION):
@@ -114,10 +115,10 @@ def run_with_fault(fault: str, folder: Path, size: int = 3, timeout_s: float = 9
     """Run all ranks until each has ended; one that is suspended is killed once the others have."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.distributed.faults"]
-    processes = []
+    processes, token = [], secrets.token_hex(8)
     for rank in range(size):
         with open(folder / f"stderr-{rank}.txt", "w") as stderr:
-            arguments = [str(rank), str(size), str(folder), fault]
+            arguments = [str(rank), str(size), str(folder), fault, token]
             processes.append(subprocess.Popen([*command, *arguments], env=environment, cwd=ROOT, stderr=stderr))
     deadline = time.monotonic() + timeout_s
     try:
@@ -133,7 +134,7 @@ def run_with_fault(fault: str, folder: Path, size: int = 3, timeout_s: float = 9
 if __name__ == "__main__":
     code = 0
     try:
-        run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+        run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
     except RankLostError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_RANK_LOST

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llara_dist.supervision import shared_place
 from llara_dist.supervision.process_identity import this_process
 from llara_dist.supervision.progress import KEYS_SHOWN, Phase, Progress
 from llara_dist.supervision.rank_status import (
@@ -147,7 +147,7 @@ def test_all_ranks_together_write_at_most_a_hundred_files_a_second(world: int, h
     assert world / (beats * heartbeat_s) <= 100
 
 
-def test_a_killed_rank_leaves_its_place() -> None:
+def test_a_killed_rank_leaves_its_place_until_the_others_have_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     token = secrets.token_hex(8)
     code = f"""
 import os, signal
@@ -163,11 +163,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     own = SharedPlace(token, 5)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
-        # Not reaped yet: once it is, whoever begins a run on this machine removes its place.
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        process.wait()
+        remove_abandoned_places()  # as does whoever begins a run on this machine now: the others have yet to read it
+        remove_abandoned_places()
         assert read_shared_place(token, 6) == Progress(Phase.FORWARD, 999, 2, tuple(range(999, 1007)), 20)
         assert ranks_of_this_host(token) == [5, 6]
-        process.wait()
+        monkeypatch.setattr(shared_place, "READ_WITHIN_S", 0.0)
         remove_abandoned_places()
         assert ranks_of_this_host(token) == [5]
         assert read_shared_place(token, 6) is None
